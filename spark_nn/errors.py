@@ -1,0 +1,73 @@
+"""The errors users meet. Each message says what was found, what was allowed and what to do."""
+
+from __future__ import annotations
+
+
+class SparkNNError(Exception):
+    """Base class of every error that spark_nn raises on purpose."""
+
+
+class ParamError(SparkNNError, ValueError):
+    """A param's value cannot be used, alone or together with another one."""
+
+
+class ColumnError(SparkNNError, ValueError):
+    """A column is missing, has a type that cannot become a tensor, or holds values that cannot be used."""
+
+
+class StoreError(SparkNNError, OSError):
+    """The run store cannot be reached, read or written."""
+
+
+class DatasetError(SparkNNError):
+    """The materialised dataset does not hold what its manifest says, or too little to train on."""
+
+
+class ClusterError(SparkNNError):
+    """The cluster cannot start a gang of the size asked for."""
+
+
+class CollectiveError(SparkNNError):
+    """An exchange between the ranks of a gang went wrong."""
+
+
+class PeerLost(CollectiveError):
+    """Another rank closed its connection or stayed silent past the time limit.
+
+    The rank that raises it is a survivor: the cause is somewhere else in the gang.
+    """
+
+
+class OutOfStep(CollectiveError):
+    """Two ranks met in an exchange at different places of the training."""
+
+
+class ModelFileError(SparkNNError):
+    """A saved model is incomplete, was changed since it was saved, or holds what may not be loaded."""
+
+
+class TrainingError(SparkNNError):
+    """Training failed on a worker.
+
+    Attributes
+    ----------
+    rank : int or None
+        The rank that failed first, ``None`` where none could report.
+    host : str or None
+        The host it ran on.
+    workerTraceback : str or None
+        The traceback as the worker saw it.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int | None = None,
+        host: str | None = None,
+        workerTraceback: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.host = host
+        self.workerTraceback = workerTraceback
