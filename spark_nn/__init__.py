@@ -1,0 +1,33 @@
+"""spark_nn: neural networks as first-class citizens of Spark ML.
+
+Importing the package imports neither Spark nor a framework; a public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spark_nn.keras.estimator import KerasEstimator, KerasModel
+    from spark_nn.summary import TrainingSummary
+
+__version__ = "0.1.0"
+__all__ = ["KerasEstimator", "KerasModel", "TrainingSummary", "__version__"]
+
+_HOMES = {
+    "KerasEstimator": "spark_nn.keras.estimator",
+    "KerasModel": "spark_nn.keras.estimator",
+    "TrainingSummary": "spark_nn.summary",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

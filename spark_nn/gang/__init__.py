@@ -1,0 +1,1 @@
+"""N processes on a barrier stage that run one function together."""

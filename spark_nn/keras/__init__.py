@@ -1,0 +1,1 @@
+"""Keras: its estimator and model, and what the workers do with it."""

@@ -1,0 +1,92 @@
+"""The manifest of a materialised dataset: what was written, and how to read it back.
+
+It is the last file written. A directory without it holds no dataset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from spark_nn.columns import Tensor
+
+Split = Literal["train", "validation"]
+
+MANIFEST = "data/manifest.json"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """A Parquet row group.
+
+    Parameters
+    ----------
+    file : str
+        Name of its file, below the run directory.
+    index : int
+        Its place in the file.
+    rows : int
+        Its rows.
+    """
+
+    file: str
+    index: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a dataset holds.
+
+    Parameters
+    ----------
+    tensors : tuple of Tensor
+        The tensors of each row, all of known shape.
+    group_rows : int
+        Rows of a full row group.
+    train, validation : tuple of Group
+        The row groups of either split, in the order of the DataFrame's partitions.
+    """
+
+    tensors: tuple[Tensor, ...]
+    group_rows: int
+    train: tuple[Group, ...]
+    validation: tuple[Group, ...]
+
+    def groups(self, split: Split) -> tuple[Group, ...]:
+        """The row groups of a split."""
+        return self.train if split == "train" else self.validation
+
+    def rows(self, split: Split) -> int:
+        """Rows of a split."""
+        return sum(group.rows for group in self.groups(split))
+
+    def tensor(self, name: str) -> Tensor | None:
+        """The tensor of this name, None where the dataset has none."""
+        return next((tensor for tensor in self.tensors if tensor.name == name), None)
+
+    def toDict(self) -> dict[str, Any]:
+        """The manifest as JSON can hold it."""
+
+        def plain(groups: Sequence[Group]) -> list[list[Any]]:
+            return [[group.file, group.index, group.rows] for group in groups]
+
+        return {
+            "version": _VERSION,
+            "tensors": [tensor.toDict() for tensor in self.tensors],
+            "group_rows": self.group_rows,
+            "train": plain(self.train),
+            "validation": plain(self.validation),
+        }
+
+    @classmethod
+    def fromDict(cls, value: dict[str, Any]) -> Manifest:
+        """The manifest that :meth:`toDict` described."""
+        return cls(
+            tensors=tuple(Tensor.fromDict(tensor) for tensor in value["tensors"]),
+            group_rows=value["group_rows"],
+            train=tuple(Group(*group) for group in value["train"]),
+            validation=tuple(Group(*group) for group in value["validation"]),
+        )

@@ -1,0 +1,40 @@
+"""What a function that runs on a gang sees of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from spark_nn.gang.collective import Collective
+from spark_nn.gang.progress import Reporter
+from spark_nn.store import RunDir
+
+
+@dataclass(frozen=True)
+class GangContext:
+    """One rank's view of its gang.
+
+    Parameters
+    ----------
+    rank : int
+        This process, from 0.
+    world : int
+        How many there are.
+    host : str
+        The host it runs on.
+    cpus : int
+        Cores that Spark gives it (``spark.task.cpus``).
+    run : RunDir
+        The run directory, shared by all ranks and the driver.
+    collective : Collective
+        Exchange with the other ranks.
+    progress : Reporter
+        Tells the driver how far training is.
+    """
+
+    rank: int
+    world: int
+    host: str
+    cpus: int
+    run: RunDir
+    collective: Collective
+    progress: Reporter

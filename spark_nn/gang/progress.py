@@ -1,0 +1,172 @@
+"""Progress of a fit, from rank 0 through the run directory to the driver's terminal.
+
+Rank 0 overwrites one small file with the latest state, from a thread of its own, so that training never waits
+for the store. The driver reads that file twice a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tqdm.std import tqdm
+
+from spark_nn.errors import StoreError
+from spark_nn.store import RunDir
+
+PROGRESS = "progress.json"
+_INTERVAL = 0.5
+
+
+@dataclass
+class State:
+    """Where training stands.
+
+    Parameters
+    ----------
+    epoch, epochs : int
+        Epochs begun, of how many.
+    step, steps : int
+        Steps of the epoch that are done, of how many.
+    history : dict
+        For each metric its value after each finished epoch.
+    seconds : list of float
+        Training time of each finished epoch, without its validation.
+    rows : int
+        Rows that all ranks together train on in an epoch.
+    """
+
+    epoch: int = 0
+    epochs: int = 0
+    step: int = 0
+    steps: int = 0
+    history: dict[str, list[float]] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    rows: int = 0
+
+    @property
+    def rowsPerSecond(self) -> float:
+        """Training rows per second over the finished epochs."""
+        spent = sum(self.seconds)
+        return self.rows * len(self.seconds) / spent if spent else 0.0
+
+
+class Reporter:
+    """Worker side: publishes the state of training. Only rank 0's goes anywhere.
+
+    Parameters
+    ----------
+    run : RunDir
+        Where to publish.
+    rank : int
+        Whose reporter.
+    """
+
+    def __init__(self, run: RunDir, rank: int) -> None:
+        self.state = State()
+        self._run = run
+        self._changed = threading.Event()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._publish, name="progress", daemon=True)
+        if rank == 0:
+            self._thread.start()
+
+    def update(self, **changes: Any) -> None:
+        """Set fields of the state; they are published soon."""
+        for name, value in changes.items():
+            setattr(self.state, name, value)
+        self._changed.set()
+
+    def close(self) -> None:
+        """Publish the last state."""
+        self._closed.set()
+        self._changed.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+
+    def _publish(self) -> None:
+        while True:
+            self._changed.wait()
+            self._changed.clear()
+            closing = self._closed.is_set()
+            # Progress is a courtesy: a store that is slow or away for a moment must not end the training.
+            with contextlib.suppress(OSError, StoreError, RuntimeError):
+                self._run.writeJson(PROGRESS, asdict(self.state))
+            if closing:
+                return
+            self._closed.wait(_INTERVAL)
+
+
+@contextlib.contextmanager
+def shown(run: RunDir, verbose: int) -> Iterator[None]:
+    """Driver side: show progress while the block runs.
+
+    Parameters
+    ----------
+    run : RunDir
+        Where rank 0 publishes.
+    verbose : {0, 1, 2}
+        Nothing; a live bar, on a terminal; a line per epoch.
+    """
+    if verbose == 0:
+        yield
+        return
+    display = _Display(live=verbose == 1 and sys.stderr.isatty())
+    stop = threading.Event()
+
+    def follow() -> None:
+        while not stop.wait(_INTERVAL):
+            display.show(run)
+
+    thread = threading.Thread(target=follow, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+        display.show(run)
+        display.close()
+
+
+class _Display:
+    """Prints finished epochs as lines, and the one under way as a bar."""
+
+    def __init__(self, live: bool) -> None:
+        self.lines = 0
+        self.bar = tqdm(
+            desc="starting",
+            disable=not live,
+            file=sys.stderr,
+            leave=False,
+            bar_format="{desc} |{bar}| {n_fmt}/{total_fmt} steps{postfix}",
+        )
+
+    def show(self, run: RunDir) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            if (value := run.readJson(PROGRESS)) is not None:
+                self.draw(State(**value))
+
+    def draw(self, state: State) -> None:
+        while self.lines < len(state.seconds):
+            tqdm.write(_line(state, self.lines), file=sys.stderr)
+            self.lines += 1
+        self.bar.total = state.steps
+        self.bar.n = state.step
+        self.bar.set_description_str(f"epoch {state.epoch}/{state.epochs}", refresh=False)
+        self.bar.set_postfix_str(f"{state.rowsPerSecond:,.0f} rows/s" if state.seconds else "")
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _line(state: State, epoch: int) -> str:
+    values = "  ".join(
+        f"{name} {series[epoch]:.4f}" for name, series in state.history.items() if epoch < len(series)
+    )
+    speed = state.rows / state.seconds[epoch] if state.seconds[epoch] else 0.0
+    return f"epoch {epoch + 1}/{state.epochs}  {values}  {speed:,.0f} rows/s"

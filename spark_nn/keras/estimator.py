@@ -1,0 +1,363 @@
+"""KerasEstimator and KerasModel: Params and hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+from pyspark import keyword_only
+from pyspark.ml.param import Param
+
+from spark_nn.errors import ParamError
+from spark_nn.estimator import NeuralEstimator, NeuralModel
+from spark_nn.keras import codec
+from spark_nn.keras.training import INITIAL_MODEL, KerasTrainer, Recipe
+from spark_nn.params import param, plain_dict
+from spark_nn.persistence import ModelFile
+from spark_nn.scoring import Loader
+from spark_nn.store import RunDir
+from spark_nn.trainer import Schedule
+
+E = TypeVar("E", bound="KerasEstimator")
+_MODEL_FILE = f"model{codec.SUFFIX}"
+
+
+def _model(value: Any) -> Any:
+    if not codec.is_model(value) and not callable(value):
+        raise TypeError(
+            f"model takes a keras.Model or a function that returns one, not {value!r} "
+            f"({type(value).__name__})"
+        )
+    return value
+
+
+def _settings(name: str, example: str) -> Callable[[Any], Any]:
+    """Converter for what ``keras.Model.compile`` takes, turned into JSON where Keras can."""
+
+    def convert(value: Any) -> Any:
+        result = codec.plain(value)
+        for item in result if isinstance(result, list) else [result]:
+            if isinstance(item, type) or not (isinstance(item, (str, dict)) or callable(item)):
+                raise TypeError(
+                    f"{name} takes what keras.Model.compile takes, such as {example}, not {item!r}"
+                )
+        return result
+
+    return convert
+
+
+def _callbacks(value: Any) -> Any:
+    if callable(value):
+        return value
+    if not isinstance(value, (list, tuple)) or any(
+        not hasattr(item, "on_epoch_end") or isinstance(item, type) for item in value
+    ):
+        raise TypeError(
+            "callbacks takes a list of keras.callbacks.Callback objects, or a function that returns one, "
+            f"not {value!r}"
+        )
+    return list(value)
+
+
+class KerasEstimator(NeuralEstimator["KerasModel"]):
+    """Trains a Keras model on a gang of Spark tasks, as a stage of Spark ML.
+
+    It works wherever ``LogisticRegression`` does: in a ``Pipeline``, under ``CrossValidator`` and
+    ``TrainValidationSplit``. The columns it needs are written once to Parquet by the executors; `numWorkers`
+    tasks of a barrier stage then train one model in step, each streaming its share of the rows, with the
+    gradients averaged in every step.
+
+    Parameters
+    ----------
+    model : keras.Model or callable
+        The model, or a function that returns it and is called on each worker. A function needs no
+        TensorFlow on the driver.
+    modelParams : dict, optional
+        Keyword arguments of that function; numbers, strings, lists and dicts only.
+    optimizer : str, keras.optimizers.Optimizer, optional
+        As ``compile`` takes it. Default: the compiled model's own, else ``"rmsprop"``.
+    learningRate : float, optional
+        In place of the optimizer's own (> 0).
+    loss : str, keras.losses.Loss or function, optional
+        As ``compile`` takes it. Default: the compiled model's own. The output columns follow from it.
+    metrics : list, optional
+        As ``compile`` takes them. Default: the compiled model's own.
+    featuresCol : str, default ``"features"``
+        A Vector or array column that holds the model's single input.
+    inputCols : list of str, optional
+        Numeric or boolean columns joined into the single input, in place of `featuresCol`.
+    labelCol : str, default ``"label"``
+        What to predict: a number, or a Vector or array of numbers.
+    weightCol : str, optional
+        Weight of each row's loss (>= 0).
+    predictionCol, probabilityCol, rawPredictionCol : str, optional
+        Names of the output columns; an empty name leaves the column out.
+    validationFraction : float, default 0.0
+        Share of the rows held back to measure after every epoch.
+    validationIndicatorCol : str, optional
+        A boolean column that says which rows to hold back.
+    epochs : int, default 1
+        Passes over the rows.
+    batchSize : int, default 32
+        Rows per optimizer step over all workers together, a multiple of `numWorkers`.
+    numWorkers : int, default 1
+        Spark tasks that train together.
+    shuffle : bool, default True
+        Whether the order of the rows changes with the epoch.
+    seed : int, default 0
+        Seed of the initial weights, the order of rows, the split and dropout. The same seed, data and
+        `numWorkers` give the same weights to the last bit, on CPU.
+    callbacks : list of keras.callbacks.Callback or callable, optional
+        They run on every worker, so that decisions such as early stopping are taken alike; those that only
+        write files or send messages run on the first alone. Or a function that returns them.
+    storeUrl : str, optional
+        Directory that driver and executors share, as a path or fsspec URL.
+    verbose : {0, 1, 2}, default 1
+        Progress on standard error: none, a live bar, a line per epoch.
+
+    Notes
+    -----
+    The loss decides the output columns. Squared, absolute, Huber, log-cosh and Poisson errors on one unit
+    give ``prediction`` (double); binary cross-entropy on one unit gives ``rawPrediction``, ``probability``
+    (Vectors of 2) and ``prediction``; (sparse) categorical cross-entropy gives the same with one element per
+    class; anything else gives the model's output as an array in ``prediction``. ``from_logits`` is honoured.
+
+    Examples
+    --------
+    >>> def build(units):
+    ...     import keras
+    ...     return keras.Sequential([keras.layers.Dense(units, "relu"), keras.layers.Dense(1, "sigmoid")])
+    >>> estimator = KerasEstimator(
+    ...     model=build, modelParams={"units": 16}, optimizer="adam", loss="binary_crossentropy",
+    ...     epochs=3, numWorkers=2,
+    ... )
+    >>> estimator.fit(train).transform(test).select("prediction")  # doctest: +SKIP
+    """
+
+    __module__ = "spark_nn"  # what is saved names the public package, so that rooms may move
+    _input_kwargs: dict[str, Any]
+
+    model: Param[Any] = param(
+        "model",
+        "The Keras model to train: a keras.Model, or a function that returns one and is called on each "
+        "worker with modelParams.",
+        _model,
+    )
+    modelParams: Param[dict[str, Any]] = param(
+        "modelParams",
+        "Keyword arguments of the function given as model, as a dict of numbers, strings, lists and dicts.",
+        plain_dict("modelParams"),
+    )
+    optimizer: Param[Any] = param(
+        "optimizer",
+        "The optimizer, by name or as a keras.optimizers.Optimizer. Default: that of the compiled model, "
+        "else 'rmsprop'.",
+        _settings("optimizer", "'adam' or keras.optimizers.Adam(1e-3)"),
+    )
+    loss: Param[Any] = param(
+        "loss",
+        "The loss, by name, as a keras.losses.Loss or a function. Default: that of the compiled model. It "
+        "decides the output columns.",
+        _settings("loss", "'mse' or keras.losses.MeanSquaredError()"),
+    )
+    metrics: Param[Any] = param(
+        "metrics",
+        "List of metrics, by name, as keras.metrics.Metric or as functions. Default: those of the compiled "
+        "model.",
+        _settings("metrics", "['auc'] or [keras.metrics.AUC()]"),
+    )
+    callbacks: Param[Any] = param(
+        "callbacks",
+        "List of keras.callbacks.Callback, or a function that returns one. They run on every worker; those "
+        "that only write files run on the first alone.",
+        _callbacks,
+    )
+
+    @keyword_only
+    def __init__(
+        self,
+        *,
+        model: Any = None,
+        modelParams: dict[str, Any] | None = None,
+        optimizer: Any = None,
+        learningRate: float | None = None,
+        loss: Any = None,
+        metrics: list[Any] | None = None,
+        featuresCol: str = "features",
+        inputCols: list[str] | None = None,
+        labelCol: str = "label",
+        weightCol: str | None = None,
+        predictionCol: str = "prediction",
+        probabilityCol: str = "probability",
+        rawPredictionCol: str = "rawPrediction",
+        validationFraction: float = 0.0,
+        validationIndicatorCol: str | None = None,
+        epochs: int = 1,
+        batchSize: int = 32,
+        numWorkers: int = 1,
+        shuffle: bool = True,
+        seed: int | None = None,
+        callbacks: Any = None,
+        storeUrl: str | None = None,
+        verbose: int = 1,
+    ) -> None:
+        super().__init__()
+        self._setDefault(modelParams={})
+        self.setParams(**self._input_kwargs)
+
+    @keyword_only
+    def setParams(
+        self: E,
+        *,
+        model: Any = None,
+        modelParams: dict[str, Any] | None = None,
+        optimizer: Any = None,
+        learningRate: float | None = None,
+        loss: Any = None,
+        metrics: list[Any] | None = None,
+        featuresCol: str = "features",
+        inputCols: list[str] | None = None,
+        labelCol: str = "label",
+        weightCol: str | None = None,
+        predictionCol: str = "prediction",
+        probabilityCol: str = "probability",
+        rawPredictionCol: str = "rawPrediction",
+        validationFraction: float = 0.0,
+        validationIndicatorCol: str | None = None,
+        epochs: int = 1,
+        batchSize: int = 32,
+        numWorkers: int = 1,
+        shuffle: bool = True,
+        seed: int | None = None,
+        callbacks: Any = None,
+        storeUrl: str | None = None,
+        verbose: int = 1,
+    ) -> E:
+        """Set the params that are given; None stands for not given."""
+        # A param set to None would save and then fail to load.
+        return self._set(**{name: value for name, value in self._input_kwargs.items() if value is not None})
+
+    def getModel(self) -> Any:
+        """Get :py:attr:`model`."""
+        return self.getOrDefault(self.model)
+
+    def setModel(self: E, value: Any) -> E:
+        """Set :py:attr:`model`."""
+        return self._set(model=value)
+
+    def getModelParams(self) -> dict[str, Any]:
+        """Get :py:attr:`modelParams`."""
+        return self.getOrDefault(self.modelParams)
+
+    def setModelParams(self: E, value: dict[str, Any]) -> E:
+        """Set :py:attr:`modelParams`."""
+        return self._set(modelParams=value)
+
+    def getOptimizer(self) -> Any:
+        """Get :py:attr:`optimizer`: a name, or the dict that ``keras.optimizers.deserialize`` takes."""
+        return self.getOrDefault(self.optimizer)
+
+    def setOptimizer(self: E, value: Any) -> E:
+        """Set :py:attr:`optimizer`."""
+        return self._set(optimizer=value)
+
+    def getLoss(self) -> Any:
+        """Get :py:attr:`loss`: a name, a function, or the dict that ``keras.losses.deserialize`` takes."""
+        return self.getOrDefault(self.loss)
+
+    def setLoss(self: E, value: Any) -> E:
+        """Set :py:attr:`loss`."""
+        return self._set(loss=value)
+
+    def getMetrics(self) -> Any:
+        """Get :py:attr:`metrics`: names, functions, or dicts that ``keras.metrics.deserialize`` takes."""
+        return self.getOrDefault(self.metrics)
+
+    def setMetrics(self: E, value: list[Any]) -> E:
+        """Set :py:attr:`metrics`."""
+        return self._set(metrics=value)
+
+    def getCallbacks(self) -> Any:
+        """Get :py:attr:`callbacks`."""
+        return self.getOrDefault(self.callbacks)
+
+    def setCallbacks(self: E, value: Any) -> E:
+        """Set :py:attr:`callbacks`."""
+        return self._set(callbacks=value)
+
+    def _check(self) -> None:
+        if not self.isDefined("model"):
+            raise ParamError("model is not set: give a keras.Model, or a function that returns one")
+        model = self.getModel()
+        if not codec.is_model(model):
+            return
+        if self.getModelParams():
+            raise ParamError(
+                f"modelParams={self.getModelParams()!r} are arguments of a function, but model is a "
+                f"{type(model).__name__}: give a function, or leave modelParams out"
+            )
+        if not model.compiled and not self.isDefined("loss"):
+            raise ParamError(
+                "loss is not set and the model is not compiled: set loss, such as 'mse' or "
+                "'binary_crossentropy', or compile the model"
+            )
+        if model.built and (len(model.inputs or [0]) != 1 or len(model.outputs or [0]) != 1):
+            raise ParamError(
+                f"model has {len(model.inputs)} inputs and {len(model.outputs)} outputs; a KerasEstimator "
+                "trains models with one of each"
+            )
+
+    def _trainer(self, schedule: Schedule, run: RunDir) -> KerasTrainer:
+        def given(name: str) -> Any:
+            return self.getOrDefault(name) if self.isDefined(name) else None
+
+        model = self.getModel()
+        instance = codec.is_model(model)
+        if instance:
+            with TemporaryDirectory(prefix="spark_nn-") as folder:
+                local = Path(folder) / INITIAL_MODEL
+                model.save(local)
+                run.put(local, INITIAL_MODEL)
+        recipe = Recipe(
+            function=None if instance else model,
+            arguments=self.getModelParams(),
+            optimizer=given("optimizer"),
+            loss=given("loss"),
+            metrics=given("metrics"),
+            learningRate=given("learningRate"),
+            callbacks=given("callbacks"),
+        )
+        return KerasTrainer(schedule, recipe)
+
+    def _newModel(self) -> KerasModel:
+        return KerasModel()
+
+    def _savedFiles(self) -> dict[str, Path]:
+        if not self.isDefined("model") or not codec.is_model(self.getModel()):
+            return {}
+        file = ModelFile(codec.SUFFIX)
+        self.getModel().save(file.path)
+        return {_MODEL_FILE: file.sealed().path}
+
+    def _unsavedParams(self) -> set[str]:
+        return {"model"} if self._savedFiles() else set()
+
+    def _loadSaved(self, metadata: dict[str, Any], files: dict[str, ModelFile]) -> None:
+        if _MODEL_FILE in files:
+            self._set(model=codec.load_model(str(files[_MODEL_FILE].path), compiled=True))
+
+
+class KerasModel(NeuralModel):
+    """A fitted Keras model that scores DataFrames; :class:`KerasEstimator` makes it."""
+
+    __module__ = "spark_nn"
+
+    @property
+    def model(self) -> Any:
+        """The native ``keras.Model``, loaded anew at each access."""
+        return codec.load_model(str(self.fitted.file.path), compiled=True)
+
+    def _loader(self) -> Loader:
+        return codec.load_predictor

@@ -1,0 +1,282 @@
+"""Worker side of a Keras fit: build, compile, train in step, publish.
+
+The driver imports this module to describe the training; Keras and TensorFlow are imported only on the worker.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+import numpy as np
+
+from spark_nn.columns import Tensor
+from spark_nn.dataset.manifest import Manifest
+from spark_nn.dataset.stream import Stream
+from spark_nn.errors import ParamError
+from spark_nn.gang.context import GangContext
+from spark_nn.keras import codec
+from spark_nn.trainer import Schedule, Trained, Trainer, check_digests, publish
+
+# Where the driver leaves a model instance for the ranks.
+INITIAL_MODEL = "initial.keras"
+# Losses whose models predict a number.
+_REGRESSION = {
+    "meansquarederror",
+    "meanabsoluteerror",
+    "meanabsolutepercentageerror",
+    "meansquaredlogarithmicerror",
+    "huber",
+    "logcosh",
+    "poisson",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to train and how; None where the model's own compiled setting holds.
+
+    Parameters
+    ----------
+    function : callable or None
+        Returns the model; None where the driver left an instance in the run directory.
+    arguments : dict
+        Keyword arguments of the function.
+    optimizer, loss, metrics : object or None
+        As ``keras.Model.compile`` takes them, or as :func:`spark_nn.keras.codec.plain` made them.
+    learningRate : float or None
+        In place of the optimizer's own.
+    callbacks : list or callable or None
+        Keras callbacks, or a function that returns them.
+    """
+
+    function: Callable[..., Any] | None
+    arguments: dict[str, Any]
+    optimizer: Any
+    loss: Any
+    metrics: Any
+    learningRate: float | None
+    callbacks: Any
+
+
+class KerasTrainer(Trainer):
+    """Trains a Keras model on a gang.
+
+    Parameters
+    ----------
+    schedule : Schedule
+        How to go through the rows.
+    recipe : Recipe
+        What to train.
+    """
+
+    def __init__(self, schedule: Schedule, recipe: Recipe) -> None:
+        super().__init__(schedule)
+        self.recipe = recipe
+
+    def train(
+        self, gang: GangContext, manifest: Manifest, data: Stream, validation: Stream | None
+    ) -> Trained:
+        """Train in step with the other ranks and publish the model from rank 0."""
+        began = time.monotonic()
+        import keras
+
+        from spark_nn.keras.sync import Synchroniser
+
+        imported = time.monotonic()
+        keras.utils.set_random_seed(self.schedule.seed % 2**32)
+        model = self._build(gang, manifest)
+        self._compile(model)
+        sync = Synchroniser(model, gang.collective, gang.rank)
+        sync.start_alike()
+
+        feed = _Feed(data, self.schedule.epochs)
+        reporter = _reporter(gang, data, self.schedule.epochs)
+        with sync.averaged_gradients():
+            model.fit(
+                feed.dataset(),
+                epochs=self.schedule.epochs,
+                verbose=0,
+                validation_data=None if validation is None else _Feed(validation, None).dataset(),
+                callbacks=[sync.callback(), feed.callback(), *self._callbacks(gang.rank), reporter],
+            )
+        check_digests(gang, sync.digest())
+        trained = time.monotonic()
+        file, sha256 = publish(gang, model.save, codec.SUFFIX) if gang.rank == 0 else ("", "")
+        return Trained(
+            file=file,
+            sha256=sha256,
+            output=describe_output(model, manifest),
+            history=gang.progress.state.history,
+            rowsPerSecond=gang.progress.state.rowsPerSecond,
+            seconds={
+                "import": imported - began,
+                "train": trained - imported,
+                "publish": time.monotonic() - trained,
+            },
+        )
+
+    def _build(self, gang: GangContext, manifest: Manifest) -> Any:
+        recipe = self.recipe
+        if recipe.function is not None:
+            model = recipe.function(**recipe.arguments)
+            if not codec.is_model(model):
+                raise ParamError(f"the function given as model returned {model!r}, not a keras.Model")
+        else:
+            # Keras reads a model from a local path only.
+            with NamedTemporaryFile(suffix=codec.SUFFIX) as local:
+                local.write(gang.run.read(INITIAL_MODEL) or b"")
+                local.flush()
+                model = codec.load_model(local.name, compiled=True)
+        if not model.built:
+            model(_example(manifest))
+        return model
+
+    def _compile(self, model: Any) -> None:
+        """Compile with the params that were given; the model's own settings hold for the others."""
+        recipe = self.recipe
+        own = dict(model._compile_config.config) if model.compiled else {}
+        given = {
+            name: codec.restore(value)
+            for name, value in (
+                ("optimizer", recipe.optimizer),
+                ("loss", recipe.loss),
+                ("metrics", recipe.metrics),
+            )
+            if value is not None
+        }
+        if given or not model.compiled:
+            settings = {**own, **given}
+            if settings.get("loss") is None:
+                raise ParamError(
+                    "no loss: set the param loss (such as 'mse' or 'binary_crossentropy'), or compile the "
+                    "model with one"
+                )
+            if model.compiled and "optimizer" not in given:
+                settings["optimizer"] = model.optimizer
+            settings.setdefault("optimizer", "rmsprop")  # Keras's own default
+            model.compile(**settings)
+        model.jit_compile = False  # XLA cannot compile a step that talks to other processes
+        if recipe.learningRate is not None:
+            model.optimizer.learning_rate = recipe.learningRate
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+
+    def _callbacks(self, rank: int) -> list[Any]:
+        """The user's callbacks; those that only write files or send messages run on rank 0 alone."""
+        import keras.callbacks as kinds
+
+        given = self.recipe.callbacks or []
+        callbacks = list(given() if callable(given) else given)
+        outward = (kinds.ModelCheckpoint, kinds.CSVLogger, kinds.TensorBoard, kinds.RemoteMonitor)
+        return [callback for callback in callbacks if rank == 0 or not isinstance(callback, outward)]
+
+
+class _Feed:
+    """A stream as a ``tf.data.Dataset``; the epoch to read is the one that Keras is in.
+
+    Parameters
+    ----------
+    stream : Stream
+        The batches.
+    epochs : int or None
+        None for validation rows, which come in the same order always.
+    """
+
+    def __init__(self, stream: Stream, epochs: int | None) -> None:
+        self.stream = stream
+        self.follows = epochs is not None
+        self.epoch = 0
+
+    def dataset(self) -> Any:
+        """A dataset whose every iteration reads one epoch."""
+        import tensorflow as tf
+
+        shapes = {
+            tensor.name: tf.TensorSpec((None, *tensor.shape), tensor.dtype)
+            for tensor in self.stream.manifest.tensors
+        }
+        dataset = tf.data.Dataset.from_generator(self._batches, output_signature=_arrange(shapes))
+        counted = dataset.apply(tf.data.experimental.assert_cardinality(self.stream.steps))
+        return counted.prefetch(2)
+
+    def callback(self) -> Any:
+        """The callback that tells the feed which epoch it is."""
+        import keras
+
+        return keras.callbacks.LambdaCallback(on_epoch_begin=self._begin)
+
+    def _begin(self, epoch: int, logs: Any) -> None:
+        self.epoch = epoch
+
+    def _batches(self) -> Iterator[tuple[Any, ...]]:
+        for block in self.stream.epoch(self.epoch if self.follows else 0):
+            yield _arrange(block)
+
+
+def _arrange(block: dict[str, Any]) -> tuple[Any, ...]:
+    """A block as Keras takes it: ``(x, y)`` or ``(x, y, sample_weight)``."""
+    return tuple(block[name] for name in ("features", "label", "weight") if name in block)
+
+
+def _example(manifest: Manifest) -> np.ndarray:
+    """One row of zeros of the model's input."""
+    tensor = manifest.tensor("features")
+    assert isinstance(tensor, Tensor)
+    return np.zeros((1, *tensor.shape), tensor.dtype)
+
+
+def _reporter(gang: GangContext, data: Stream, epochs: int) -> Any:
+    """The callback that tells the driver how far training is; it comes last and sees global logs."""
+    import keras
+
+    progress = gang.progress
+    rows = data.rows * gang.world
+    progress.update(epochs=epochs, steps=data.steps, rows=rows)
+
+    class Report(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            self.began = time.monotonic()
+            self.spent: float | None = None
+            progress.update(epoch=epoch + 1, step=0)
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            progress.update(step=batch + 1)
+
+        def on_test_begin(self, logs: Any = None) -> None:
+            self.spent = time.monotonic() - self.began
+
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            spent = time.monotonic() - self.began if self.spent is None else self.spent
+            history = {name: list(values) for name, values in progress.state.history.items()}
+            for name, value in (logs or {}).items():
+                history.setdefault(name, []).append(float(value))
+            progress.update(history=history, seconds=[*progress.state.seconds, spent])
+
+    return Report()
+
+
+def describe_output(model: Any, manifest: Manifest) -> dict[str, Any]:
+    """What the model puts out, read from its loss and the shape of its output."""
+    import keras
+
+    output = model(_example(manifest), training=False)
+    if not hasattr(output, "shape"):
+        raise ParamError(f"the model has {len(output)} outputs; a KerasEstimator trains models with one")
+    shape = tuple(int(size) for size in output.shape[1:])
+    loss = keras.losses.get(model.loss)
+    name = getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
+    logits = bool(getattr(loss, "from_logits", False))
+    size = int(np.prod(shape))
+    if name in _REGRESSION and size == 1:
+        kind = "regression"
+    elif name == "binarycrossentropy" and size == 1:
+        kind = "binary"
+    elif name in ("categoricalcrossentropy", "sparsecategoricalcrossentropy") and len(shape) == 1:
+        kind = "multiclass"
+    else:
+        kind = "raw"
+    return {"kind": kind, "shape": list(shape), "logits": logits}

@@ -1,0 +1,86 @@
+"""What a model puts out, and the columns that it becomes.
+
+Spark's evaluators are strict about types: ``prediction`` must be a double, ``rawPrediction`` and
+``probability`` must be Vectors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+Kind = Literal["regression", "binary", "multiclass", "raw"]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a model puts out.
+
+    Parameters
+    ----------
+    kind : {"regression", "binary", "multiclass", "raw"}
+        A number; the probability of class 1; a probability per class; anything else.
+    shape : tuple of int
+        Shape of one row of the model's output.
+    logits : bool
+        Whether probabilities come as logits.
+    """
+
+    kind: Kind
+    shape: tuple[int, ...]
+    logits: bool = False
+
+    def toDict(self) -> dict[str, Any]:
+        """The description as JSON can hold it."""
+        return asdict(self)
+
+    @classmethod
+    def fromDict(cls, value: dict[str, Any]) -> Output:
+        """The output that :meth:`toDict` described."""
+        return cls(value["kind"], tuple(value["shape"]), value["logits"])
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The SQL type of each value that a row gets, by the Param that names its column."""
+        if self.kind == "regression":
+            return {"predictionCol": "double"}
+        if self.kind in ("binary", "multiclass"):
+            return {
+                "rawPredictionCol": "array<double>",
+                "probabilityCol": "array<double>",
+                "predictionCol": "double",
+            }
+        return {"predictionCol": "array<" * len(self.shape) + "float" + ">" * len(self.shape)}
+
+    def vector(self, field: str) -> bool:
+        """Whether a value's column is a Vector."""
+        return self.kind in ("binary", "multiclass") and field != "predictionCol"
+
+    def values(self, output: np.ndarray) -> dict[str, np.ndarray]:
+        """What each row gets, from the model's output of shape ``(rows,) + shape``."""
+        if self.kind == "raw":
+            return {"predictionCol": output}
+        output = output.reshape(len(output), -1).astype(np.float64)
+        if self.kind == "regression":
+            return {"predictionCol": output[:, 0]}
+        if self.kind == "binary":
+            # As in Spark's LogisticRegression the raw prediction is the margin, once for each class.
+            raw = np.concatenate([-output, output] if self.logits else [1.0 - output, output], axis=1)
+            one = 1.0 / (1.0 + np.exp(-output)) if self.logits else output
+            probability = np.concatenate([1.0 - one, one], axis=1)
+        else:
+            raw = output
+            probability = _softmax(output) if self.logits else output
+        return {
+            "rawPredictionCol": raw,
+            "probabilityCol": probability,
+            "predictionCol": probability.argmax(axis=1).astype(np.float64),
+        }
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    result: np.ndarray = powers / powers.sum(axis=1, keepdims=True)
+    return result

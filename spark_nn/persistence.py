@@ -1,0 +1,292 @@
+"""Saving and loading stages: Spark's metadata, native model files, and a manifest of digests.
+
+Layout of a saved stage::
+
+    path/metadata/        Spark's own: class, uid, params, as JSON
+    path/model/...        the framework's native file, readable without Spark and without spark_nn
+    path/manifest.json    size and SHA-256 of every file under path/model
+
+Nothing is pickled. A function given as a param is saved as its import path; what has none is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import shutil
+import tempfile
+import warnings
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from pyspark.ml.util import (
+    DefaultParamsReader,
+    DefaultParamsWriter,
+    MLReadable,
+    MLReader,
+    MLWriter,
+    _remove_dfs_dir,
+)
+
+from spark_nn.errors import ModelFileError, ParamError
+from spark_nn.store import RunDir
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+FORMAT_VERSION = 1
+_IMPORT = "spark_nn.import"
+S = TypeVar("S", bound=MLReadable[Any])
+
+
+class ModelFile:
+    """A model's native file, kept on this machine for as long as something uses it.
+
+    Parameters
+    ----------
+    suffix : str
+        The file's suffix.
+    """
+
+    def __init__(self, suffix: str) -> None:
+        folder = tempfile.mkdtemp(prefix="spark_nn-model-")
+        self.path = Path(folder) / f"model{suffix}"
+        self.sha256 = ""
+        # Runs when the last stage that shares the file is gone, and at the interpreter's exit.
+        self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+
+    @classmethod
+    def fetch(cls, run: RunDir, name: str, sha256: str) -> ModelFile:
+        """The file that a rank published in its run directory."""
+        file = cls(Path(name).suffix)
+        run.get(name, file.path)
+        return file.sealed(sha256)
+
+    def sealed(self, sha256: str | None = None) -> ModelFile:
+        """Take the file as complete; give it a name that tells its content.
+
+        Raises
+        ------
+        ModelFileError
+            It is not the file that was expected.
+        """
+        found = digest(self.path)
+        if sha256 is not None and found != sha256:
+            raise ModelFileError(
+                f"the model file is not the one that was written: its SHA-256 is {found}, not {sha256}"
+            )
+        self.sha256 = found
+        named = self.path.with_name(f"spark_nn-{found}{self.path.suffix}")
+        self.path = self.path.rename(named)
+        return self
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class StageWriter(MLWriter):
+    """Saves a stage.
+
+    Parameters
+    ----------
+    stage : Params
+        The estimator or model. It offers ``_savedFiles()``, the local files to save under ``model/`` by name,
+        ``_unsavedParams()``, the params that those files stand for, and ``_savedMetadata()``.
+    """
+
+    def __init__(self, stage: Any) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def _handleOverwrite(self, path: str) -> None:
+        # The inherited one reaches for the JVM, which Spark Connect does not have.
+        _remove_dfs_dir(path, self.sparkSession)
+
+    def saveImpl(self, path: str) -> None:
+        """Save the stage; the manifest is written last.
+
+        Raises
+        ------
+        ParamError
+            A param holds what cannot be saved safely.
+        """
+        skipped = self.stage._unsavedParams()
+        params = {
+            param.name: encode(param.name, value)
+            for param, value in self.stage._paramMap.items()
+            if param.name not in skipped
+        }
+        files: dict[str, Path] = self.stage._savedFiles()
+        extra = {
+            "spark_nn": {
+                "format": FORMAT_VERSION,
+                "version": importlib.metadata.version("spark-nn"),
+                "files": sorted(files),
+                **self.stage._savedMetadata(),
+            }
+        }
+        disk = _Disk(self.sparkSession) if files else None
+        DefaultParamsWriter.saveMetadata(self.stage, path, self.sparkSession, extra, params)
+        if disk is not None:
+            manifest = {
+                name: {"sha256": digest(local), "bytes": local.stat().st_size}
+                for name, local in files.items()
+            }
+            for name, local in files.items():
+                disk.put(local, f"{path}/model/{name}")
+            with tempfile.TemporaryDirectory(prefix="spark_nn-") as folder:
+                local = Path(folder) / "manifest.json"
+                local.write_text(json.dumps({"format": FORMAT_VERSION, "model": manifest}, indent=2))
+                disk.put(local, f"{path}/manifest.json")
+
+
+class StageReader(MLReader[S], Generic[S]):
+    """Loads a stage that :class:`StageWriter` saved.
+
+    Parameters
+    ----------
+    cls : type
+        The stage's class. Its instances take what was saved through ``_loadSaved(metadata, files)``.
+    """
+
+    def __init__(self, cls: type[S]) -> None:
+        super().__init__()
+        self.cls = cls
+
+    def load(self, path: str) -> S:
+        """Load the stage.
+
+        Raises
+        ------
+        ModelFileError
+            The directory holds another kind of stage, a newer format, or files that were changed.
+        """
+        spark = self.sparkSession
+        metadata = DefaultParamsReader.loadMetadata(path, spark)
+        expected = f"{self.cls.__module__}.{self.cls.__name__}"
+        if metadata["class"] != expected:
+            raise ModelFileError(
+                f"{path} holds a {metadata['class']}, not a {expected}: load it with its own class"
+            )
+        own = metadata.get("spark_nn", {})
+        if own.get("format") != FORMAT_VERSION:
+            raise ModelFileError(
+                f"{path} was saved by spark_nn {own.get('version')} in format {own.get('format')}; this "
+                f"version reads format {FORMAT_VERSION}. Load it with a version of spark_nn that matches"
+            )
+        stage: Any = self.cls()
+        stage._resetUid(metadata["uid"])
+        for saved, put in (
+            (metadata["defaultParamMap"], stage._setDefault),
+            (metadata["paramMap"], stage._set),
+        ):
+            for name, value in saved.items():
+                if stage.hasParam(name):
+                    put(**{name: decode(value)})
+                else:
+                    warnings.warn(f"{path}: this version has no param {name}; left out", stacklevel=2)
+        stage._loadSaved(own, _fetch(spark, path, own["files"]))
+        return stage  # type: ignore[no-any-return]
+
+
+def encode(param: str, value: Any) -> Any:
+    """A param's value as JSON can hold it, functions as their import path.
+
+    Raises
+    ------
+    ParamError
+        The value, or a part of it, cannot be saved safely.
+    """
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [encode(param, item) for item in value]
+    if isinstance(value, dict):
+        return {key: encode(param, item) for key, item in value.items()}
+    if callable(value) and hasattr(value, "__qualname__"):
+        where = f"{value.__module__}:{value.__qualname__}"
+        if value.__module__ != "__main__" and "<" not in value.__qualname__:
+            return {_IMPORT: where}
+        raise ParamError(
+            f"{param} is the function {where}, which another process could not import: define it at the top "
+            "level of a module that is installed where the stage will be loaded"
+        )
+    raise ParamError(
+        f"{param} holds a {type(value).__name__}, which cannot be saved without pickling it: pass a function "
+        "that returns it, defined at the top level of a module"
+    )
+
+
+def decode(value: Any) -> Any:
+    """The value that :func:`encode` described."""
+    if isinstance(value, list):
+        return [decode(item) for item in value]
+    if isinstance(value, dict):
+        if set(value) == {_IMPORT}:
+            module, _, name = value[_IMPORT].partition(":")
+            found: Any = importlib.import_module(module)
+            for part in name.split("."):
+                found = getattr(found, part)
+            return found
+        return {key: decode(item) for key, item in value.items()}
+    return value
+
+
+def _fetch(spark: SparkSession, path: str, names: list[str]) -> dict[str, ModelFile]:
+    """The stage's files, checked against the manifest."""
+    if not names:
+        return {}
+    disk = _Disk(spark)
+    with tempfile.TemporaryDirectory(prefix="spark_nn-") as folder:
+        local = Path(folder) / "manifest.json"
+        disk.get(f"{path}/manifest.json", local)
+        manifest = json.loads(local.read_text())["model"]
+    files = {}
+    for name in names:
+        if name not in manifest or Path(name).name != name:
+            raise ModelFileError(
+                f"{path}/manifest.json does not list the file {name}: the stage is incomplete"
+            )
+        file = ModelFile(Path(name).suffix)
+        disk.get(f"{path}/model/{name}", file.path)
+        try:
+            files[name] = file.sealed(manifest[name]["sha256"])
+        except ModelFileError as error:
+            raise ModelFileError(f"{path}/model/{name} was changed since it was saved: {error}") from None
+    return files
+
+
+class _Disk:
+    """Copies files between this machine and the filesystem that Spark resolves a path on.
+
+    It is Hadoop's, as for the metadata beside them, so that every URL that Spark can save to works.
+    """
+
+    def __init__(self, spark: SparkSession) -> None:
+        session = getattr(spark, "_jsparkSession", None)
+        if session is None:
+            raise ModelFileError(
+                "models cannot be saved or loaded over Spark Connect yet: do it in a classic session"
+            )
+        self._path = spark._jvm.org.apache.hadoop.fs.Path  # type: ignore[union-attr]
+        self._conf = session.sessionState().newHadoopConf()
+
+    def put(self, local: Path, url: str) -> None:
+        target = self._path(url)
+        target.getFileSystem(self._conf).copyFromLocalFile(False, True, self._local(local), target)
+
+    def get(self, url: str, local: Path) -> None:
+        source = self._path(url)
+        files = source.getFileSystem(self._conf)
+        if not files.exists(source):
+            raise ModelFileError(f"{url} does not exist: the stage is incomplete")
+        files.copyToLocalFile(False, source, self._local(local), True)
+
+    def _local(self, path: Path) -> Any:
+        return self._path(path.as_uri())

@@ -1,0 +1,144 @@
+"""Run directories: the one place where driver and gang leave files for each other.
+
+A run directory lives on any filesystem that fsspec knows. The driver makes it, tells every rank its URL, and
+removes it when the fit ends, however it ends. Files appear in it whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fsspec
+
+from spark_nn.errors import StoreError
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+STORE_CONF = "spark.nn.storeUrl"
+
+
+def store_url(spark: SparkSession, url: str | None) -> str:
+    """The store's URL: the one given, or the session's, or a local directory where all tasks are local.
+
+    Raises
+    ------
+    StoreError
+        No store is given and the executors may be on other machines.
+    """
+    url = url or spark.conf.get(STORE_CONF, None)
+    if url:
+        return url if "://" in url else Path(url).expanduser().absolute().as_uri()
+    master = spark.conf.get("spark.master", "") or ""
+    if master.startswith("local"):
+        return (Path(tempfile.gettempdir()) / f"spark_nn-{getpass.getuser()}").as_uri()
+    raise StoreError(
+        f"no store: on master {master!r} the executors may run on other machines, so a fit needs a "
+        "directory that the driver and all of them can read and write. Set the param storeUrl or the Spark "
+        f"conf {STORE_CONF} to a path on a shared disk or to an fsspec URL such as s3://bucket/dir"
+    )
+
+
+class RunDir:
+    """A directory of one run, addressed by URL, used by driver and ranks alike.
+
+    Parameters
+    ----------
+    url : str
+        An fsspec URL.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise StoreError(
+                f"storeUrl={url!r}: {error}. Install the filesystem's package, or use another URL"
+            ) from error
+
+    def __reduce__(self) -> tuple[type[RunDir], tuple[str]]:
+        return RunDir, (self.url,)
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, store: str) -> Iterator[RunDir]:
+        """A new directory in the store at this URL, removed at the end of the block.
+
+        Raises
+        ------
+        StoreError
+            The store cannot be written or read back.
+        """
+        run = cls(f"{store.rstrip('/')}/run-{uuid.uuid4().hex}")
+        try:
+            try:
+                run.fs.makedirs(run.root, exist_ok=False)
+                run.write("probe", b"spark_nn")
+                run.fs.rm_file(run.path("probe"))
+            except Exception as error:
+                raise StoreError(
+                    f"the store {store!r} cannot be written: {type(error).__name__}: {error}. Set storeUrl "
+                    "to a directory that the driver and every executor can write"
+                ) from error
+            yield run
+        finally:
+            run.remove()
+
+    def path(self, name: str) -> str:
+        """The path of a file on the directory's filesystem."""
+        return f"{self.root}/{name}"
+
+    def mkdir(self, name: str) -> None:
+        """Make a directory below this one."""
+        self.fs.makedirs(self.path(name), exist_ok=True)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file so that nobody ever sees a part of it."""
+        draft = self.path(f"{name}.{uuid.uuid4().hex}.draft")
+        self.fs.pipe_file(draft, data)
+        self.fs.mv(draft, self.path(name))
+
+    def read(self, name: str) -> bytes | None:
+        """The bytes of a file, None where there is none."""
+        try:
+            data: bytes = self.fs.cat_file(self.path(name))
+        except FileNotFoundError:
+            return None
+        return data
+
+    def writeJson(self, name: str, value: Any) -> None:
+        """Write a value as JSON, whole or not at all."""
+        self.write(name, json.dumps(value).encode())
+
+    def readJson(self, name: str) -> Any | None:
+        """The value of a JSON file, None where there is none."""
+        data = self.read(name)
+        return None if data is None else json.loads(data)
+
+    def put(self, local: Path, name: str) -> None:
+        """Copy a local file into the directory, whole or not at all."""
+        draft = self.path(f"{name}.{uuid.uuid4().hex}.draft")
+        self.fs.put_file(str(local), draft)
+        self.fs.mv(draft, self.path(name))
+
+    def get(self, name: str, local: Path) -> None:
+        """Copy a file of the directory to a local path."""
+        self.fs.get_file(self.path(name), str(local))
+
+    def remove(self) -> None:
+        """Remove the directory and all that is in it."""
+        self.fs.invalidate_cache()
+        # A straggler may still write while its directory goes: what it leaves is removed in another round.
+        for _ in range(3):
+            if not self.fs.exists(self.root):
+                return
+            with contextlib.suppress(FileNotFoundError, OSError):
+                self.fs.rm(self.root, recursive=True)

@@ -1,0 +1,49 @@
+"""What a fit was like."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What a fit was like. It is saved and loaded with the model.
+
+    Parameters
+    ----------
+    history : dict of str to list of float
+        For each metric its value after each epoch, over the rows of all workers: ``loss`` and the model's
+        metrics, the same with ``val_`` where there are validation rows.
+    rows : int
+        Rows trained on.
+    validationRows : int
+        Rows held back.
+    numWorkers : int
+        Spark tasks that trained together.
+    rowsPerSecond : float
+        Training rows per second, all workers together, without start-up and validation.
+    seconds : dict of str to float
+        Where the time of the fit went, by phase.
+    """
+
+    history: dict[str, list[float]]
+    rows: int
+    validationRows: int
+    numWorkers: int
+    rowsPerSecond: float
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that were trained; fewer than asked for where a callback stopped early."""
+        return max((len(values) for values in self.history.values()), default=0)
+
+    def toDict(self) -> dict[str, Any]:
+        """The summary as JSON can hold it."""
+        return asdict(self)
+
+    @classmethod
+    def fromDict(cls, value: dict[str, Any]) -> TrainingSummary:
+        """The summary that :meth:`toDict` described."""
+        return cls(**value)
