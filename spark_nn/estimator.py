@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pyspark.ml.base import Estimator, Model
+from pyspark.ml.param import Param
 from pyspark.ml.util import MLReadable, MLReader, MLWritable, MLWriter
 
 from spark_nn import columns
@@ -168,6 +169,11 @@ class NeuralModel(Model, ModelParams, _Stage):
     """A fitted neural network that scores DataFrames."""
 
     _fitted: Fitted | None = None
+
+    def hasParam(self, paramName: str) -> bool:
+        """Whether the model has a param of this name."""
+        # The inherited one would evaluate the property `model`, and with it load the network.
+        return isinstance(getattr(type(self), paramName, None), Param)
 
     @abstractmethod
     def _loader(self) -> Loader:

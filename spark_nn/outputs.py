@@ -68,7 +68,7 @@ class Output:
         if self.kind == "binary":
             # As in Spark's LogisticRegression the raw prediction is the margin, once for each class.
             raw = np.concatenate([-output, output] if self.logits else [1.0 - output, output], axis=1)
-            one = 1.0 / (1.0 + np.exp(-output)) if self.logits else output
+            one = np.exp(-np.logaddexp(0.0, -output)) if self.logits else output
             probability = np.concatenate([1.0 - one, one], axis=1)
         else:
             raw = output

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,20 @@ def load_model(path: str, *, compiled: bool = False) -> Any:
     return keras.saving.load_model(path, compile=compiled, safe_mode=True)
 
 
+@contextlib.contextmanager
+def _stderr_muted() -> Iterator[None]:
+    """Keep native code from writing to standard error: TensorFlow greets there whatever its log level."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def load_predictor(path: str, cpus: int) -> Callable[[np.ndarray], np.ndarray]:
     """Executor side of scoring: the function that predicts a block of rows.
 
@@ -73,6 +88,8 @@ def load_predictor(path: str, cpus: int) -> Callable[[np.ndarray], np.ndarray]:
         # The model's file does not depend on the backend, but this function does.
         os.environ["KERAS_BACKEND"] = "tensorflow"
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        with _stderr_muted():
+            import keras  # noqa: F401
     import tensorflow as tf
 
     # TensorFlow takes its thread counts once per process: a worker that scores again keeps the first ones.

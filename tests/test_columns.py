@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyspark.ml.linalg import Vectors, VectorUDT
+from pyspark.sql import types as T
+
+from spark_nn import columns
+from spark_nn.columns import Problem, Tensor, decode
+from spark_nn.errors import ColumnError
+
+SCHEMA = T.StructType(
+    [
+        T.StructField("v", VectorUDT()),
+        T.StructField("floats", T.ArrayType(T.DoubleType())),
+        T.StructField("ints", T.ArrayType(T.IntegerType())),
+        T.StructField("longs", T.ArrayType(T.LongType())),
+        T.StructField("nested", T.ArrayType(T.ArrayType(T.DoubleType()))),
+        T.StructField("d", T.DoubleType()),
+        T.StructField("i", T.ShortType()),
+        T.StructField("l", T.LongType()),
+        T.StructField("b", T.BooleanType()),
+        T.StructField("dec", T.DecimalType(10, 2)),
+        T.StructField("s", T.StringType()),
+        T.StructField("day", T.DateType()),
+        T.StructField("when", T.TimestampType()),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "dtype", "width"),
+    [
+        ("v", "vector", "float32", None),
+        ("floats", "array", "float32", None),
+        ("ints", "array", "int32", None),
+        ("longs", "array", "int64", None),
+        ("d", "scalars", "float32", 1),
+    ],
+)
+def test_features_from_one_column(name, form, dtype, width):
+    assert columns.features(SCHEMA, "featuresCol", [name]) == Tensor("features", (name,), form, dtype, width)
+
+
+def test_features_from_scalar_columns():
+    tensor = columns.features(SCHEMA, "inputCols", ["d", "i", "b", "dec"])
+    assert tensor == Tensor("features", ("d", "i", "b", "dec"), "scalars", "float32", 4)
+    assert Tensor.fromDict(tensor.toDict()) == tensor
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("d", "float32"), ("i", "int32"), ("l", "int64"), ("b", "float32"), ("dec", "float32")]
+)
+def test_labels_keep_whole_numbers_whole(name, dtype):
+    assert columns.label(SCHEMA, name) == Tensor("label", (name,), "scalar", dtype)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: columns.features(SCHEMA, "featuresCol", ["nope"]), r"featuresCol='nope'.*no such column.*v, floats"),
+        (lambda: columns.features(SCHEMA, "featuresCol", ["s"]), r"featuresCol='s' has type string.*StringIndexer"),
+        (lambda: columns.features(SCHEMA, "inputCols", ["d", "v"]), r"inputCols='v' has type vector.*a number"),
+        (lambda: columns.features(SCHEMA, "inputCols", ["day"]), r"type date.*unix_timestamp"),
+        (lambda: columns.features(SCHEMA, "featuresCol", ["nested"]), r"array<array<double>>"),
+        (lambda: columns.label(SCHEMA, "s"), r"labelCol='s' has type string.*StringIndexer"),
+        (lambda: columns.label(SCHEMA, "when"), r"labelCol='when' has type timestamp"),
+        (lambda: columns.weight(SCHEMA, "b"), r"weightCol='b' has type boolean, but must be a number"),
+        (lambda: columns.validation(SCHEMA, "i"), r"validationIndicatorCol='i'.*must be a boolean"),
+    ],
+)
+def test_refusals_name_param_column_type_and_cure(make, message):
+    with pytest.raises(ColumnError, match=message):
+        make()
+
+
+def lists(rows, kind=None):
+    kind = kind or pa.float32()
+    return pa.array(rows, pa.list_(kind))
+
+
+def test_decode_arrays():
+    problems = Counter()
+    tensor = Tensor("features", ("x",), "array", "float32")
+    block = decode(lists([[1, 2], [3, 4], [5, 6]]), tensor, problems)
+    np.testing.assert_array_equal(block, np.array([[1, 2], [3, 4], [5, 6]], np.float32))
+    assert block.dtype == np.float32
+    sliced = decode(lists([[1, 2], [3, 4], [5, 6]])[1:], tensor, problems)
+    np.testing.assert_array_equal(sliced, [[3, 4], [5, 6]])
+    assert not problems
+
+
+@pytest.mark.parametrize(
+    ("array", "tensor", "expected"),
+    [
+        (lists([[1], None, None]), Tensor("features", ("x",), "array", "float32"), {("x", "null"): 2}),
+        (lists([[1, 2], [1]]), Tensor("features", ("x",), "array", "float32"), {("x", "width"): 1}),
+        (lists([[1, 2], [3, 4]]), Tensor("features", ("x",), "array", "float32", 3), {("x", "width"): 2}),
+        (lists([[1, None], [None, None]]), Tensor("features", ("x",), "array", "float32"), {("x", "null"): 2}),
+        (
+            lists([[1, np.nan], [2, 3], [np.nan, np.nan]]),
+            Tensor("features", ("x",), "array", "float32"),
+            {("x", "nan"): 2},
+        ),
+        (
+            lists([[1, None], [None, None], [1, 2]]),
+            Tensor("features", ("a", "b"), "scalars", "float32", 2),
+            {("a", "null"): 1, ("b", "null"): 2},
+        ),
+        (
+            lists([[1, np.nan], [1, 2]]),
+            Tensor("features", ("a", "b"), "scalars", "float32", 2),
+            {("b", "nan"): 1},
+        ),
+        (pa.array([1, None], pa.int64()), Tensor("label", ("y",), "scalar", "int64"), {("y", "null"): 1}),
+        (pa.array([1, np.nan], pa.float32()), Tensor("label", ("y",), "scalar", "float32"), {("y", "nan"): 1}),
+        (pa.array([1, -2], pa.float32()), Tensor("weight", ("w",), "scalar", "float32"), {("w", "negative"): 1}),
+    ],
+)
+def test_rows_that_cannot_be_used_are_counted_by_column(array, tensor, expected):
+    problems = Counter()
+    assert decode(array, tensor, problems) is None
+    assert {(problem.column, problem.kind): rows for problem, rows in problems.items()} == expected
+
+
+def test_the_error_says_how_many_rows_and_what_to_do():
+    error = columns.report(Counter({Problem("x", "null"): 1234, Problem("a", "nan"): 1}))
+    assert "column 'x' is null in 1,234 rows: drop them (df.na.drop) or fill them" in str(error)
+    assert "column 'a' is NaN in 1 row:" in str(error)
+
+
+def test_what_spark_hands_over_decodes_to_the_same_numbers(spark):
+    """The two halves of the contract: the JVM's expression and the executor's decoding."""
+    rows = [
+        (Vectors.dense([1.5, 2.0]), [1.0, 2.0], [1, 2], 7, True, 0.1, 2**40),
+        (Vectors.sparse(2, [1], [3.0]), [3.0, 4.0], [3, 4], 8, False, 0.2, 2**40 + 1),
+    ]
+    df = spark.createDataFrame(
+        rows,
+        T.StructType(
+            [
+                T.StructField("v", VectorUDT()),
+                T.StructField("a", T.ArrayType(T.DoubleType())),
+                T.StructField("i", T.ArrayType(T.IntegerType())),
+                T.StructField("n`.", T.IntegerType()),
+                T.StructField("b", T.BooleanType()),
+                T.StructField("d", T.DoubleType()),
+                T.StructField("l", T.LongType()),
+            ]
+        ),
+    )
+    expected = [
+        (columns.features(df.schema, "featuresCol", ["v"]), np.array([[1.5, 2.0], [0, 3]], np.float32)),
+        (columns.features(df.schema, "featuresCol", ["a"]), np.array([[1, 2], [3, 4]], np.float32)),
+        (columns.features(df.schema, "featuresCol", ["i"]), np.array([[1, 2], [3, 4]], np.int32)),
+        (
+            columns.features(df.schema, "inputCols", ["n`.", "b", "d"]),
+            np.array([[7, 1, 0.1], [8, 0, 0.2]], np.float32),
+        ),
+        (columns.label(df.schema, "l"), np.array([2**40, 2**40 + 1])),
+        (columns.label(df.schema, "b"), np.array([1, 0], np.float32)),
+    ]
+    tensors = [replace(tensor, name=f"t{i}") for i, (tensor, _) in enumerate(expected)]
+    table = df.select(*(columns.expression(tensor) for tensor in tensors)).toArrow()
+    for tensor, (_, values) in zip(tensors, expected, strict=True):
+        problems = Counter()
+        block = decode(table.column(tensor.name).combine_chunks(), tensor, problems)
+        assert not problems
+        assert block.dtype == values.dtype
+        np.testing.assert_array_equal(block, values)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from spark_nn.outputs import Output
+
+
+def test_regression():
+    values = Output("regression", (1,)).values(np.array([[1.5], [-2]], np.float32))
+    assert values["predictionCol"].dtype == np.float64
+    assert values["predictionCol"].tolist() == [1.5, -2.0]
+
+
+def test_binary_from_probabilities():
+    values = Output("binary", (1,)).values(np.array([[0.25], [0.75], [0.5]], np.float32))
+    assert values["probabilityCol"].tolist() == [[0.75, 0.25], [0.25, 0.75], [0.5, 0.5]]
+    assert values["rawPredictionCol"].tolist() == [[0.75, 0.25], [0.25, 0.75], [0.5, 0.5]]
+    assert values["predictionCol"].tolist() == [0.0, 1.0, 0.0]
+
+
+def test_binary_from_logits():
+    logits = np.array([[0.0], [2.0], [-800.0]])
+    values = Output("binary", (1,), logits=True).values(logits)
+    assert values["rawPredictionCol"].tolist() == [[0, 0], [-2, 2], [800, -800]]
+    np.testing.assert_allclose(values["probabilityCol"][:, 1], [0.5, 1 / (1 + np.exp(-2.0)), 0], atol=1e-12)
+    assert values["predictionCol"].tolist() == [0.0, 1.0, 0.0]
+
+
+def test_multiclass_from_probabilities_and_logits():
+    table = np.array([[0.2, 0.5, 0.3], [0.6, 0.2, 0.2]])
+    values = Output("multiclass", (3,)).values(table)
+    assert values["probabilityCol"].tolist() == table.tolist()
+    assert values["predictionCol"].tolist() == [1.0, 0.0]
+    values = Output("multiclass", (3,), logits=True).values(np.log(table) + 7)
+    np.testing.assert_allclose(values["probabilityCol"], table, rtol=1e-12)
+    np.testing.assert_allclose(values["rawPredictionCol"], np.log(table) + 7)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sql"), [((), "float"), ((3,), "array<float>"), ((2, 3), "array<array<float>>")]
+)
+def test_anything_else_keeps_its_shape(shape, sql):
+    output = Output("raw", shape)
+    assert output.fields == {"predictionCol": sql}
+    block = np.arange(2 * int(np.prod(shape)), dtype=np.float32).reshape(2, *shape)
+    np.testing.assert_array_equal(output.values(block)["predictionCol"], block)
+
+
+def test_round_trip():
+    output = Output("raw", (2, 3), logits=True)
+    assert Output.fromDict(output.toDict()) == output

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from spark_nn import KerasEstimator
+from spark_nn.errors import ParamError
+
+
+def estimator(**kwargs):
+    return KerasEstimator(model=lambda: None, loss="mse", **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "kept"),
+    [
+        ("epochs", np.int64(3), 3),
+        ("epochs", 3.0, 3),
+        ("batchSize", np.int32(64), 64),
+        ("learningRate", np.float32(0.5), 0.5),
+        ("learningRate", 1, 1.0),
+        ("validationFraction", np.float64(0.25), 0.25),
+        ("shuffle", np.bool_(False), False),
+        ("verbose", np.int64(2), 2),
+        (
+            "modelParams",
+            {"units": np.int64(8), "rates": (0.1, np.float64(0.5))},
+            {"units": 8, "rates": [0.1, 0.5]},
+        ),
+    ],
+)
+def test_converters_take_numpy_scalars_and_keep_plain_values(name, given, kept):
+    value = estimator(**{name: given}).getOrDefault(name)
+    assert value == kept
+    assert type(value) is type(kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "error", "message"),
+    [
+        ("epochs", 0, ParamError, "epochs=0: must be at least 1"),
+        ("epochs", 2.5, TypeError, 'param "epochs".*whole number, not 2.5'),
+        ("epochs", True, TypeError, "whole number, not True"),
+        ("epochs", "two", TypeError, "whole number, not 'two'"),
+        ("learningRate", 0, ParamError, "learningRate=0.0: must be above 0"),
+        ("learningRate", float("nan"), ParamError, "learningRate=nan"),
+        ("learningRate", float("inf"), ParamError, "must be finite"),
+        ("validationFraction", 1.0, ParamError, "validationFraction=1.0: must be below 1"),
+        ("verbose", 3, ParamError, "verbose=3: must be one of 0, 1, 2"),
+        ("shuffle", 1, TypeError, "True or False, not 1"),
+        ("modelParams", {"f": print}, TypeError, r"modelParams\['f'\] is <built-in function print>"),
+        ("modelParams", {1: 2}, TypeError, "modelParams"),
+        ("model", 3, TypeError, "a keras.Model or a function that returns one, not 3"),
+        ("optimizer", 3, TypeError, "optimizer takes what keras.Model.compile takes"),
+        ("callbacks", [3], TypeError, "callbacks takes a list of keras.callbacks.Callback"),
+    ],
+)
+def test_refused_values_name_the_param_the_value_and_what_is_allowed(name, given, error, message):
+    with pytest.raises(error, match=message):
+        KerasEstimator(**{name: given})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"batchSize": 2, "numWorkers": 3}, "batchSize=2 is smaller than numWorkers=3.*Set batchSize to 3"),
+        ({"batchSize": 100, "numWorkers": 3}, "batchSize=100 is not a multiple of numWorkers=3.*99 or 102"),
+        (
+            {"validationFraction": 0.1, "validationIndicatorCol": "held"},
+            "validationFraction=0.1 and validationIndicatorCol='held' are both set",
+        ),
+    ],
+)
+def test_params_that_contradict_each_other(given, message):
+    with pytest.raises(ParamError, match=message):
+        estimator(**given).checkTrainingParams()
+
+
+def test_one_input_only():
+    with pytest.raises(ParamError, match="featuresCol='f' and inputCols=.*both set"):
+        estimator(featuresCol="f", inputCols=["a"]).inputColumns()
+    assert estimator(inputCols=["a", "b"]).inputColumns() == ("inputCols", ["a", "b"])
+    assert estimator().inputColumns() == ("featuresCol", ["features"])
+
+
+def test_positional_arguments_and_unknown_names_are_refused():
+    with pytest.raises(TypeError, match="forces keyword arguments"):
+        KerasEstimator(lambda: None)
+    with pytest.raises(TypeError, match="nonsense"):
+        KerasEstimator(nonsense=1)
+
+
+def test_the_seed_is_the_same_in_every_process():
+    assert estimator().getSeed() == 0
