@@ -25,7 +25,7 @@ from spark_nn.gang.launch import Gang
 from spark_nn.outputs import Output
 from spark_nn.params import ModelParams, TrainingParams
 from spark_nn.persistence import ModelFile, StageReader, StageWriter
-from spark_nn.scoring import Loader, Scorer, score
+from spark_nn.scoring import Loader, Scorer, score, ship
 from spark_nn.store import RunDir, store_url
 from spark_nn.summary import TrainingSummary
 from spark_nn.trainer import Schedule, Trained, Trainer
@@ -207,10 +207,8 @@ class NeuralModel(Model, ModelParams, _Stage):
         }
         if not names:
             return dataset
-        spark = dataset.sparkSession
-        spark.addArtifacts(str(fitted.file.path), file=True)
         scorer = Scorer(
-            file=fitted.file.path.name,
+            file=ship(dataset.sparkSession, fitted.file.path),
             sha256=fitted.file.sha256,
             load=self._loader(),
             input=replace(found, dtype=trained.dtype, width=trained.width),

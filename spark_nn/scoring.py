@@ -6,8 +6,12 @@ every row stays with its own prediction whatever its source.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
+import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +31,7 @@ from spark_nn.errors import ColumnError, ModelFileError
 from spark_nn.outputs import Output
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame
+    from pyspark.sql import DataFrame, SparkSession
 
 Predict = Callable[[np.ndarray], np.ndarray]
 Loader = Callable[[str, int], Predict]
@@ -122,6 +126,29 @@ def score(dataset: DataFrame, scorer: Scorer, columns: dict[str, str]) -> DataFr
         value = F.col(held)[param]
         results[name] = array_to_vector(value) if scorer.output.vector(param) else value
     return dataset.withColumn(held, scores).withColumns(results).drop(held)
+
+
+def ship(spark: SparkSession, file: Path) -> str:
+    """Driver side: give a file to the session's executors; return the name they find it under.
+
+    Spark takes a name only once, offers the file to every executor that joins later, and forgets none. So the
+    file is kept until this process ends, once for each content, which its name tells.
+    """
+    kept = _shipping_folder() / file.name
+    if not kept.exists():
+        try:
+            os.link(file, kept)  # costs no disk, and outlives the original
+        except OSError:
+            shutil.copyfile(file, kept)
+    spark.addArtifacts(str(kept), file=True)
+    return file.name
+
+
+@functools.cache
+def _shipping_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="spark_nn-model-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _udf(scorer: Scorer, sql: str) -> Any:
