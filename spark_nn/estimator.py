@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pyspark.ml.base import Estimator, Model
@@ -49,8 +48,8 @@ class _Stage(MLReadable[Any], MLWritable):
         """Reader that loads a stage of this class."""
         return StageReader(cls)
 
-    def _savedFiles(self) -> dict[str, Path]:
-        """Local files to save under ``model/``, by name."""
+    def _savedFiles(self) -> dict[str, ModelFile]:
+        """Files to save under ``model/``, by name."""
         return {}
 
     def _unsavedParams(self) -> set[str]:
@@ -202,9 +201,7 @@ class NeuralModel(Model, ModelParams, _Stage):
         fitted = self.fitted
         found = columns.features(dataset.schema, *self.inputColumns())
         trained = fitted.input
-        names = {
-            param: name for param in fitted.output.fields if (name := self.getOrDefault(self.getParam(param)))
-        }
+        names = {param: name for param in fitted.output.fields if (name := self.getOrDefault(self.getParam(param)))}
         if not names:
             return dataset
         scorer = Scorer(
@@ -217,9 +214,9 @@ class NeuralModel(Model, ModelParams, _Stage):
         )
         return score(dataset, scorer, names)
 
-    def _savedFiles(self) -> dict[str, Path]:
+    def _savedFiles(self) -> dict[str, ModelFile]:
         file = self.fitted.file
-        return {f"model{file.path.suffix}": file.path}
+        return {f"model{file.path.suffix}": file}
 
     def _savedMetadata(self) -> dict[str, Any]:
         fitted = self.fitted

@@ -34,9 +34,7 @@ def integer(name: str, *, low: int | None = None) -> Callable[[Any], int]:
     """Converter for whole numbers of at least `low`; refuses booleans and fractions."""
 
     def convert(value: Any) -> int:
-        whole = isinstance(value, numbers.Integral) or (
-            isinstance(value, numbers.Real) and float(value).is_integer()
-        )
+        whole = isinstance(value, numbers.Integral) or (isinstance(value, numbers.Real) and float(value).is_integer())
         if isinstance(value, (bool, np.bool_)) or not whole:
             raise TypeError(f"{name} takes a whole number, not {value!r} ({type(value).__name__})")
         if low is not None and int(value) < low:
@@ -46,9 +44,7 @@ def integer(name: str, *, low: int | None = None) -> Callable[[Any], int]:
     return convert
 
 
-def number(
-    name: str, *, above: float | None = None, low: float | None = None, below: float | None = None
-) -> Any:
+def number(name: str, *, above: float | None = None, low: float | None = None, below: float | None = None) -> Any:
     """Converter for finite numbers in an interval: `above` and `below` are excluded, `low` is included."""
 
     def convert(value: Any) -> float:
@@ -125,9 +121,7 @@ def param(name: str, doc: str, converter: Callable[[Any], Any]) -> Param[Any]:
     return Param(Params._dummy(), name, doc, typeConverter=converter)
 
 
-class ModelParams(
-    HasFeaturesCol, HasInputCols, HasLabelCol, HasPredictionCol, HasProbabilityCol, HasRawPredictionCol
-):
+class ModelParams(HasFeaturesCol, HasInputCols, HasLabelCol, HasPredictionCol, HasProbabilityCol, HasRawPredictionCol):
     """Params that an estimator and its fitted model share: the columns they read and write."""
 
     inputCols: Param[list[str]] = param(

@@ -96,7 +96,7 @@ class StageWriter(MLWriter):
     Parameters
     ----------
     stage : Params
-        The estimator or model. It offers ``_savedFiles()``, the local files to save under ``model/`` by name,
+        The estimator or model. It offers ``_savedFiles()``, the files to save under ``model/`` by name,
         ``_unsavedParams()``, the params that those files stand for, and ``_savedMetadata()``.
     """
 
@@ -122,7 +122,7 @@ class StageWriter(MLWriter):
             for param, value in self.stage._paramMap.items()
             if param.name not in skipped
         }
-        files: dict[str, Path] = self.stage._savedFiles()
+        files: dict[str, ModelFile] = self.stage._savedFiles()
         extra = {
             "spark_nn": {
                 "format": FORMAT_VERSION,
@@ -135,11 +135,10 @@ class StageWriter(MLWriter):
         DefaultParamsWriter.saveMetadata(self.stage, path, self.sparkSession, extra, params)
         if disk is not None:
             manifest = {
-                name: {"sha256": digest(local), "bytes": local.stat().st_size}
-                for name, local in files.items()
+                name: {"sha256": file.sha256, "bytes": file.path.stat().st_size} for name, file in files.items()
             }
-            for name, local in files.items():
-                disk.put(local, f"{path}/model/{name}")
+            for name, file in files.items():
+                disk.put(file.path, f"{path}/model/{name}")
             with tempfile.TemporaryDirectory(prefix="spark_nn-") as folder:
                 local = Path(folder) / "manifest.json"
                 local.write_text(json.dumps({"format": FORMAT_VERSION, "model": manifest}, indent=2))
@@ -171,9 +170,7 @@ class StageReader(MLReader[S], Generic[S]):
         metadata = DefaultParamsReader.loadMetadata(path, spark)
         expected = f"{self.cls.__module__}.{self.cls.__name__}"
         if metadata["class"] != expected:
-            raise ModelFileError(
-                f"{path} holds a {metadata['class']}, not a {expected}: load it with its own class"
-            )
+            raise ModelFileError(f"{path} holds a {metadata['class']}, not a {expected}: load it with its own class")
         own = metadata.get("spark_nn", {})
         if own.get("format") != FORMAT_VERSION:
             raise ModelFileError(
@@ -250,9 +247,7 @@ def _fetch(spark: SparkSession, path: str, names: list[str]) -> dict[str, ModelF
     files = {}
     for name in names:
         if name not in manifest or Path(name).name != name:
-            raise ModelFileError(
-                f"{path}/manifest.json does not list the file {name}: the stage is incomplete"
-            )
+            raise ModelFileError(f"{path}/manifest.json does not list the file {name}: the stage is incomplete")
         file = ModelFile(Path(name).suffix)
         disk.get(f"{path}/model/{name}", file.path)
         try:
@@ -271,9 +266,7 @@ class _Disk:
     def __init__(self, spark: SparkSession) -> None:
         session = getattr(spark, "_jsparkSession", None)
         if session is None:
-            raise ModelFileError(
-                "models cannot be saved or loaded over Spark Connect yet: do it in a classic session"
-            )
+            raise ModelFileError("models cannot be saved or loaded over Spark Connect yet: do it in a classic session")
         self._path = spark._jvm.org.apache.hadoop.fs.Path  # type: ignore[union-attr]
         self._conf = session.sessionState().newHadoopConf()
 

@@ -187,9 +187,7 @@ def _loaded(load: Loader, path: str, sha256: str, cpus: int) -> Predict:
     with Path(path).open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
-        raise ModelFileError(
-            f"the model file {Path(path).name} arrived changed: its SHA-256 is {found}, not {sha256}"
-        )
+        raise ModelFileError(f"the model file {Path(path).name} arrived changed: its SHA-256 is {found}, not {sha256}")
     return load(path, cpus)
 
 

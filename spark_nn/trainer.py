@@ -92,9 +92,7 @@ class Trainer(ABC):
         return asdict(self.train(gang, manifest, self._stream(gang, manifest, "train"), validation))
 
     @abstractmethod
-    def train(
-        self, gang: GangContext, manifest: Manifest, data: Stream, validation: Stream | None
-    ) -> Trained:
+    def train(self, gang: GangContext, manifest: Manifest, data: Stream, validation: Stream | None) -> Trained:
         """Train in step with the other ranks and publish the model from rank 0.
 
         Parameters

@@ -19,9 +19,11 @@ pytestmark = pytest.mark.timeout(180)
 
 
 def data(spark, rows=1000, partitions=2):
-    return spark.range(0, rows, 1, partitions).select(
-        "id", F.rand(1).alias("a"), F.rand(2).alias("b"), F.lit("kept").alias("other")
-    ).withColumn("label", F.expr("2*a - 3*b + 1"))
+    return (
+        spark.range(0, rows, 1, partitions)
+        .select("id", F.rand(1).alias("a"), F.rand(2).alias("b"), F.lit("kept").alias("other"))
+        .withColumn("label", F.expr("2*a - 3*b + 1"))
+    )
 
 
 def estimator(store, **kwargs):

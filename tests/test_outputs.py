@@ -37,9 +37,7 @@ def test_multiclass_from_probabilities_and_logits():
     np.testing.assert_allclose(values["rawPredictionCol"], np.log(table) + 7)
 
 
-@pytest.mark.parametrize(
-    ("shape", "sql"), [((), "float"), ((3,), "array<float>"), ((2, 3), "array<array<float>>")]
-)
+@pytest.mark.parametrize(("shape", "sql"), [((), "float"), ((3,), "array<float>"), ((2, 3), "array<array<float>>")])
 def test_anything_else_keeps_its_shape(shape, sql):
     output = Output("raw", shape)
     assert output.fields == {"predictionCol": sql}

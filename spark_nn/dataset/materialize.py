@@ -64,11 +64,7 @@ def materialize(
     """
     run.mkdir("data")
     writer = PartitionWriter(run, tuple(tensors), validationFraction, seed, shuffle)
-    rows = (
-        dataset.select(*(expression(tensor) for tensor in tensors))
-        .mapInArrow(writer, "report string")
-        .collect()
-    )
+    rows = dataset.select(*(expression(tensor) for tensor in tensors)).mapInArrow(writer, "report string").collect()
     reports = [json.loads(row["report"]) for row in rows]
     _check_rows(reports)
     known = _with_widths(stored(tensors), reports)

@@ -306,9 +306,7 @@ def _stand_ins() -> dict[str, ModuleType]:
     hdfs_gone = _refusing("Petastorm's HDFS client went with old pyarrow: pass an fsspec filesystem instead")
     filesystem = _stand_in("pyarrow.filesystem", LocalFileSystem=LocalFileSystem)
     hdfs = _stand_in("pyarrow.hdfs", HadoopFileSystem=object, connect=hdfs_gone)
-    parquet = _stand_in(
-        "pyarrow.parquet", pq, ParquetDataset=ParquetDataset, ParquetDatasetPiece=ParquetDatasetPiece
-    )
+    parquet = _stand_in("pyarrow.parquet", pq, ParquetDataset=ParquetDataset, ParquetDatasetPiece=ParquetDatasetPiece)
     arrow = _stand_in(
         "pyarrow", pa, filesystem=filesystem, hdfs=hdfs, parquet=parquet, localfs=fsspec.filesystem("file")
     )

@@ -169,9 +169,7 @@ class _GroupReader:
             self.parquet = pq.ParquetFile(self.run.fs.open(self.run.path(group.file), "rb"))
             self.path = group.file
         table = self.parquet.read_row_group(group.index, columns=self.names, use_threads=False)
-        block = {
-            tensor.name: _unpack(table.column(tensor.name), tensor)[start:stop] for tensor in self.tensors
-        }
+        block = {tensor.name: _unpack(table.column(tensor.name), tensor)[start:stop] for tensor in self.tensors}
         self.publish_func((place, block))
 
     def shutdown(self) -> None:
@@ -188,9 +186,7 @@ def _unpack(column: pa.ChunkedArray, tensor: Tensor) -> np.ndarray:
     dtype = np.dtype(tensor.dtype)
     width = int(np.prod(tensor.shape))
     pieces = [
-        np.frombuffer(
-            chunk.buffers()[1], dtype, count=len(chunk) * width, offset=chunk.offset * width * dtype.itemsize
-        )
+        np.frombuffer(chunk.buffers()[1], dtype, count=len(chunk) * width, offset=chunk.offset * width * dtype.itemsize)
         for chunk in column.chunks
     ]
     flat = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

@@ -107,9 +107,7 @@ def stored(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.name != "validation"]
 
 
-def _decode(
-    batch: pa.RecordBatch, tensors: list[Tensor], problems: Counter[Problem]
-) -> tuple[Block, list[Tensor]]:
+def _decode(batch: pa.RecordBatch, tensors: list[Tensor], problems: Counter[Problem]) -> tuple[Block, list[Tensor]]:
     """Decode a batch; the first rows seen decide the widths that were open."""
     block: Block = {}
     known = []
@@ -175,18 +173,13 @@ class _File:
         self.sink.close()
 
     def _flush(self, rows: int) -> None:
-        chunk = {
-            tensor.name: np.concatenate([block[tensor.name] for block in self.blocks])
-            for tensor in self.tensors
-        }
+        chunk = {tensor.name: np.concatenate([block[tensor.name] for block in self.blocks]) for tensor in self.tensors}
         self.blocks = [{name: values[rows:] for name, values in chunk.items()}] if rows < self.held else []
         self.held -= rows
         order = None
         if self.order is not None:
             order = np.random.default_rng((*self.order, self.chunks)).permutation(rows)
-        columns = [
-            _pack(chunk[t.name][:rows] if order is None else chunk[t.name][order]) for t in self.tensors
-        ]
+        columns = [_pack(chunk[t.name][:rows] if order is None else chunk[t.name][order]) for t in self.tensors]
         table = pa.Table.from_arrays(columns, schema=_schema(self.tensors))
         self.parquet.write_table(table, row_group_size=self.group)
         self.groups += [min(self.group, rows - start) for start in range(0, rows, self.group)]

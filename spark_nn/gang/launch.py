@@ -99,11 +99,7 @@ class Gang:
         task = GangTask(run, cloudpickle.dumps(function), secrets.token_bytes(32), self.timeout)
         try:
             with shown(run, verbose):
-                (
-                    self.spark.range(0, self.world, 1, self.world)
-                    .mapInArrow(task, "rank long", barrier=True)
-                    .collect()
-                )
+                (self.spark.range(0, self.world, 1, self.world).mapInArrow(task, "rank long", barrier=True).collect())
         except Exception as error:
             failure = first_failure(run, self.world, _PATIENCE)
             if failure is None:

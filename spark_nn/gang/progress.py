@@ -165,8 +165,6 @@ class _Display:
 
 
 def _line(state: State, epoch: int) -> str:
-    values = "  ".join(
-        f"{name} {series[epoch]:.4f}" for name, series in state.history.items() if epoch < len(series)
-    )
+    values = "  ".join(f"{name} {series[epoch]:.4f}" for name, series in state.history.items() if epoch < len(series))
     speed = state.rows / state.seconds[epoch] if state.seconds[epoch] else 0.0
     return f"epoch {epoch + 1}/{state.epochs}  {values}  {speed:,.0f} rows/s"

@@ -27,8 +27,7 @@ _MODEL_FILE = f"model{codec.SUFFIX}"
 def _model(value: Any) -> Any:
     if not codec.is_model(value) and not callable(value):
         raise TypeError(
-            f"model takes a keras.Model or a function that returns one, not {value!r} "
-            f"({type(value).__name__})"
+            f"model takes a keras.Model or a function that returns one, not {value!r} ({type(value).__name__})"
         )
     return value
 
@@ -40,9 +39,7 @@ def _settings(name: str, example: str) -> Callable[[Any], Any]:
         result = codec.plain(value)
         for item in result if isinstance(result, list) else [result]:
             if isinstance(item, type) or not (isinstance(item, (str, dict)) or callable(item)):
-                raise TypeError(
-                    f"{name} takes what keras.Model.compile takes, such as {example}, not {item!r}"
-                )
+                raise TypeError(f"{name} takes what keras.Model.compile takes, such as {example}, not {item!r}")
         return result
 
     return convert
@@ -55,8 +52,7 @@ def _callbacks(value: Any) -> Any:
         not hasattr(item, "on_epoch_end") or isinstance(item, type) for item in value
     ):
         raise TypeError(
-            "callbacks takes a list of keras.callbacks.Callback objects, or a function that returns one, "
-            f"not {value!r}"
+            f"callbacks takes a list of keras.callbacks.Callback objects, or a function that returns one, not {value!r}"
         )
     return list(value)
 
@@ -164,8 +160,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
     )
     metrics: Param[Any] = param(
         "metrics",
-        "List of metrics, by name, as keras.metrics.Metric or as functions. Default: those of the compiled "
-        "model.",
+        "List of metrics, by name, as keras.metrics.Metric or as functions. Default: those of the compiled model.",
         _settings("metrics", "['auc'] or [keras.metrics.AUC()]"),
     )
     callbacks: Param[Any] = param(
@@ -314,7 +309,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
             return self.getOrDefault(name) if self.isDefined(name) else None
 
         model = self.getModel()
-        instance = codec.is_model(model)
+        instance = self._hasInstance()
         if instance:
             with TemporaryDirectory(prefix="spark_nn-") as folder:
                 local = Path(folder) / INITIAL_MODEL
@@ -334,15 +329,19 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
     def _newModel(self) -> KerasModel:
         return KerasModel()
 
-    def _savedFiles(self) -> dict[str, Path]:
-        if not self.isDefined("model") or not codec.is_model(self.getModel()):
+    def _savedFiles(self) -> dict[str, ModelFile]:
+        if not self._hasInstance():
             return {}
         file = ModelFile(codec.SUFFIX)
         self.getModel().save(file.path)
-        return {_MODEL_FILE: file.sealed().path}
+        return {_MODEL_FILE: file.sealed()}
 
     def _unsavedParams(self) -> set[str]:
-        return {"model"} if self._savedFiles() else set()
+        return {"model"} if self._hasInstance() else set()
+
+    def _hasInstance(self) -> bool:
+        """Whether the model is given as such, and not as a function."""
+        return self.isDefined("model") and codec.is_model(self.getModel())
 
     def _loadSaved(self, metadata: dict[str, Any], files: dict[str, ModelFile]) -> None:
         if _MODEL_FILE in files:

@@ -77,9 +77,7 @@ class KerasTrainer(Trainer):
         super().__init__(schedule)
         self.recipe = recipe
 
-    def train(
-        self, gang: GangContext, manifest: Manifest, data: Stream, validation: Stream | None
-    ) -> Trained:
+    def train(self, gang: GangContext, manifest: Manifest, data: Stream, validation: Stream | None) -> Trained:
         """Train in step with the other ranks and publish the model from rank 0."""
         began = time.monotonic()
         import keras
@@ -196,8 +194,7 @@ class _Feed:
         import tensorflow as tf
 
         shapes = {
-            tensor.name: tf.TensorSpec((None, *tensor.shape), tensor.dtype)
-            for tensor in self.stream.manifest.tensors
+            tensor.name: tf.TensorSpec((None, *tensor.shape), tensor.dtype) for tensor in self.stream.manifest.tensors
         }
         dataset = tf.data.Dataset.from_generator(self._batches, output_signature=_arrange(shapes))
         counted = dataset.apply(tf.data.experimental.assert_cardinality(self.stream.steps))

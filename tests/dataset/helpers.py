@@ -42,7 +42,5 @@ def write(folder, partitions, *, fraction=0.0, seed=0, shuffle=False):
         for split, (file, counts) in report["files"].items():
             groups[split] += [Group(file, index, count) for index, count in enumerate(counts)]
     tensors = [FEATURES, LABEL]
-    manifest = Manifest(
-        tuple(tensors), group_rows(tensors), tuple(groups["train"]), tuple(groups["validation"])
-    )
+    manifest = Manifest(tuple(tensors), group_rows(tensors), tuple(groups["train"]), tuple(groups["validation"]))
     return run, Manifest.fromDict(manifest.toDict())

@@ -165,9 +165,7 @@ def test_exactly_the_rows_written_are_read_in_their_order(url: str, workers: int
     assert rows["id"].dtype == np.int64
     assert rows["id"].tolist() == list(range(ROWS))
     assert rows["features"].dtype == np.float32
-    np.testing.assert_array_equal(
-        rows["features"], np.outer(np.arange(ROWS), [1, 0.25, -1]).astype("float32")
-    )
+    np.testing.assert_array_equal(rows["features"], np.outer(np.arange(ROWS), [1, 0.25, -1]).astype("float32"))
     assert rows["name"].tolist() == [f"row {i}" for i in range(ROWS)]
 
 
@@ -222,10 +220,7 @@ def test_hive_partitions_become_columns(tmp_path: Path) -> None:
     assert set(rows) == {"year", "city", "id"}
     assert rows["year"].dtype == np.int64
     assert sorted(zip(rows["year"], rows["city"], rows["id"], strict=True)) == [
-        (year, city, year + i)
-        for year in (2024, 2025)
-        for city in ("Aix", "New York", "None")
-        for i in (0, 1)
+        (year, city, year + i) for year in (2024, 2025) for city in ("Aix", "New York", "None") for i in (0, 1)
     ]
     assert set(read(f"file://{data}", schema_fields=["year"])["year"]) == {2024, 2025}
 

@@ -26,8 +26,7 @@ def rows(windows, groups):
 
 def plans(groups, world, **kwargs):
     return [
-        rows(plan.epoch(groups, rank=rank, world=world, window_rows=500, **kwargs), groups)
-        for rank in range(world)
+        rows(plan.epoch(groups, rank=rank, world=world, window_rows=500, **kwargs), groups) for rank in range(world)
     ]
 
 

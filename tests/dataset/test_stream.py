@@ -50,9 +50,7 @@ def test_one_worker_without_shuffling_gets_the_rows_as_they_are(tmp_path):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_shuffled_shares_hold_every_row_and_features_stay_with_their_label(tmp_path, world, threads):
     run, manifest = write(tmp_path, [700, 1, 331], shuffle=True)
-    ranks = [
-        stream(run, manifest, rank=rank, world=world, shuffle=True, threads=threads) for rank in range(world)
-    ]
+    ranks = [stream(run, manifest, rank=rank, world=world, shuffle=True, threads=threads) for rank in range(world)]
     for number in range(2):
         shares = [list(rank.epoch(number)) for rank in ranks]
         assert len({tuple(len(b["label"]) for b in share) for share in shares}) == 1
@@ -90,9 +88,7 @@ def test_the_split_is_exact_and_repeatable(tmp_path):
 
 def test_validation_shares_divide_the_rows_without_repeats(tmp_path):
     run, manifest = write(tmp_path, [500, 501], fraction=0.5, seed=1)
-    shares = [
-        sum(labels(stream(run, manifest, "validation", rank=rank, world=3).epoch(0)), []) for rank in range(3)
-    ]
+    shares = [sum(labels(stream(run, manifest, "validation", rank=rank, world=3).epoch(0)), []) for rank in range(3)]
     total = manifest.rows("validation")
     assert len(set(sum(shares, []))) == sum(map(len, shares)) == total
 

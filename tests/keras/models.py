@@ -1,0 +1,82 @@
+"""Models and references for the tests of Keras; imported by name only where Keras is wanted."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def mlp(units=8, activation="sigmoid", outputs=1, batch_norm=False, dropout=0.0):
+    import keras
+
+    layers = [keras.layers.Dense(units, "relu")]
+    if batch_norm:
+        layers.append(keras.layers.BatchNormalization())
+    if dropout:
+        layers.append(keras.layers.Dropout(dropout))
+    return keras.Sequential([*layers, keras.layers.Dense(outputs, activation)])
+
+
+def embedding(optimizer="adam"):
+    import keras
+
+    inputs = keras.Input((2,))
+    vectors = keras.layers.Flatten()(keras.layers.Embedding(50, 4)(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(1)(vectors))
+    model.compile(optimizer, "mse")
+    return model
+
+
+def raises():
+    raise ValueError("no model today")
+
+
+def not_a_model():
+    return 3
+
+
+def changes_its_weights_at_random():
+    """A model that a callback will make different on every rank."""
+    return mlp()
+
+
+def drifting():
+    import os
+
+    import keras
+
+    class Drift(keras.callbacks.Callback):
+        def on_train_end(self, logs=None):
+            self.model.set_weights([w + os.getpid() for w in self.model.get_weights()])
+
+    return [Drift()]
+
+
+def global_batches(x, y, world, batch, weight=None):
+    """The batches that the ranks train on together, without shuffling."""
+    total, local = len(x), batch // world
+    share = -(-total // world)
+    starts = [rank * total // world for rank in range(world)]
+    for first in range(0, share, local):
+        taken = np.concatenate([np.arange(s + first, s + min(first + local, share)) for s in starts])
+        yield (x[taken], y[taken]) if weight is None else (x[taken], y[taken], weight[taken])
+
+
+def single_process(build, compile_args, x, y, world, batch, epochs, seed, weight=None, arguments=None):
+    """Train in this process with plain Keras on the global batches; return the model."""
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    model = build(**(arguments or {}))
+    if not model.built:
+        model(np.zeros((1, *x.shape[1:]), x.dtype))
+    if compile_args:
+        model.compile(**compile_args)
+    for _ in range(epochs):
+        for given in global_batches(x, y, world, batch, weight):
+            model.train_on_batch(*given)
+    return model
+
+
+def relative(found, expected):
+    """The largest difference of two lists of weights, relative to the largest weight of each."""
+    return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12)) for a, b in zip(found, expected, strict=True))
