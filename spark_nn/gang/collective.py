@@ -1,0 +1,550 @@
+"""Exchange between the ranks of a gang: a ring of TCP connections, with the standard library and NumPy alone.
+
+Every rank sends to the one after it and receives from the one before it. Whatever the operation, a rank
+sends blocks of its own first and then repeats blocks that it has received; so one loop, `Ring._exchange`,
+serves them all. It runs in the caller's thread, on non-blocking sockets: what arrives is always taken,
+whether or not there is room to send, so that no buffer size can make the ring wait for itself.
+
+Against the stream of data each connection carries small frames back: signs of life from a rank that waits,
+and the news that a rank has failed. The news goes round the ring both ways, and every rank raises it.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain, pairwise
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from spark_nn.errors import CollectiveError, OutOfStep, PeerLost
+from spark_nn.gang.wire import (
+    Address,
+    Inlet,
+    Kind,
+    Operation,
+    Outlet,
+    Position,
+    form,
+    hang_up,
+    header,
+    listen,
+    place,
+    text_frame,
+)
+
+__all__ = ["Alone", "Collective", "Ring", "listen"]
+
+_TYPES = [np.dtype(name) for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")]
+_CODES = {dtype: code for code, dtype in enumerate(_TYPES)}  # what a header carries
+_OPS = ["sum", "mean", "max", "min"]
+_UFUNCS = {"sum": np.add, "mean": np.add, "max": np.maximum, "min": np.minimum}
+
+_BLOCK = 512 * 1024  # bytes that travel as one frame: many against the cost of a call, few against a cache
+_GRACE = 0.25  # seconds that the news of a failure may lag behind its consequences
+
+
+class Collective(ABC):
+    """What the ranks of a gang exchange: the interface that training code sees, whatever the engine.
+
+    All ranks call the same methods in the same order. An error breaks the collective for good: what is in the
+    buffer of the failed call is undefined, and every later call raises the error again.
+
+    Attributes
+    ----------
+    rank : int
+        This process, from 0.
+    world : int
+        The number of processes.
+    error : CollectiveError or None
+        What every later call will raise; ``None`` as long as the collective can be used.
+    """
+
+    rank: int
+    world: int
+    error: CollectiveError | None = None
+
+    @abstractmethod
+    def mark(self, epoch: int, step: int) -> None:
+        """Say where the training stands: ranks that meet at different places raise `OutOfStep`."""
+
+    @abstractmethod
+    def all_reduce(self, buffer: NDArray[Any], op: str = "sum") -> None:
+        """Combine the ranks' buffers element by element, in place; all ranks end with the same bits.
+
+        Parameters
+        ----------
+        buffer : numpy.ndarray
+            C-contiguous, of any shape; float16, float32, float64 or an integer type. The same type and size
+            on all ranks.
+        op : {"sum", "mean", "max", "min"}
+            How to combine; `"mean"` takes floats only. NaN and infinities come out as NumPy has them.
+        """
+
+    @abstractmethod
+    def broadcast(self, buffer: NDArray[Any], root: int = 0) -> None:
+        """Overwrite the buffer with the root's, in place."""
+
+    @abstractmethod
+    def all_gather(self, data: bytes) -> list[bytes]:
+        """Return every rank's bytes, ordered by rank; their lengths may differ."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Return once every rank has called it."""
+
+    @abstractmethod
+    def abort(self, reason: str) -> None:
+        """Tell all ranks that this one has failed: each raises `PeerLost` with the rank and the reason."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave in good order, after the last operation."""
+
+
+class Alone(Collective):
+    """The gang of one: there is nothing to exchange, but what is handed over is checked as elsewhere."""
+
+    rank = 0
+    world = 1
+
+    def mark(self, epoch: int, step: int) -> None:
+        """See `Collective.mark`."""
+
+    def all_reduce(self, buffer: NDArray[Any], op: str = "sum") -> None:
+        """See `Collective.all_reduce`."""
+        _flat(buffer, op)
+
+    def broadcast(self, buffer: NDArray[Any], root: int = 0) -> None:
+        """See `Collective.broadcast`."""
+        _flat(buffer)
+        _check_root(root, self.world)
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        """See `Collective.all_gather`."""
+        return [bytes(data)]
+
+    def barrier(self) -> None:
+        """See `Collective.barrier`."""
+
+    def abort(self, reason: str) -> None:
+        """See `Collective.abort`."""
+
+    def close(self) -> None:
+        """See `Collective.close`."""
+
+
+class Ring(Collective):
+    """Ranks in a ring of TCP connections; made by `Ring.connect`.
+
+    Large buffers are reduced as in [1]_: cut into one piece per rank, each of which travels round once and is
+    added to on its way, and round again to hand out the result. A rank sends 2 (world - 1) / world of the
+    buffer and needs a single block of memory besides it, whatever the number of ranks. Small buffers travel
+    whole, half as many hops, and each rank combines them in the order of ranks.
+
+    One operation runs at a time: further threads wait for their turn.
+
+    References
+    ----------
+    .. [1] P. Patarasu and X. Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations",
+       Journal of Parallel and Distributed Computing 69 (2009) 117-124.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        addresses: Sequence[Address],
+        before: socket.socket,
+        after: socket.socket,
+        timeout: float,
+    ) -> None:
+        self.rank = rank
+        self.world = len(addresses)
+        self._before, self._after = (
+            f"rank {peer} ({place(addresses[peer])})" for peer in ((rank - 1) % self.world, (rank + 1) % self.world)
+        )
+        self._timeout = timeout
+        self._inlet, self._outlet = Inlet(before), Outlet(after)  # the stream of data
+        self._back_inlet, self._back_outlet = Inlet(after), Outlet(before)  # the small frames against it
+        self._scratch = np.empty(_BLOCK, np.uint8)
+        self._lock = threading.RLock()  # reentrant: a signal's handler may abort amid an operation
+        self._place = (0, 0)
+        self._position = Position()
+        self._heard_before = self._heard_after = self._sign_due = 0.0
+        self._left: Position | None = None  # the last operation of the rank after this one, if it has closed
+        self._aborted: str | None = None
+
+    @classmethod
+    def connect(
+        cls,
+        *,
+        rank: int,
+        addresses: Sequence[Address],
+        listener: socket.socket,
+        secret: bytes,
+        timeout: float,
+    ) -> Ring:
+        """Form the ring; returns once it has closed on all ranks.
+
+        Parameters
+        ----------
+        rank : int
+            This rank.
+        addresses : sequence of (host, port)
+            Where each rank listens, in the order of ranks, the same on all of them.
+        listener : socket.socket
+            This rank's own, from `listen`. It is closed once the ring has formed or failed to.
+        secret : bytes
+            Known to the ranks of this ring alone. It proves them to each other and is never sent.
+        timeout : float
+            The seconds a neighbour may take to come, and later to give a sign of life while it is waited for.
+
+        Raises
+        ------
+        PeerLost
+            A rank did not come; all ranks that did come learn which.
+        """
+        if not 0 <= rank < len(addresses):
+            raise ValueError(f"rank {rank} has no address among the {len(addresses)} given")
+        if not secret:
+            raise ValueError("the secret is empty: it must be random bytes that only the ring's ranks know")
+        before, after = form(rank, addresses, listener, secret, timeout)
+        # A neighbour that still waits for its own other neighbour keeps silent until it gives up, which is
+        # at most `timeout` from now: wait a little longer, so as to hear which rank is missing.
+        ring = cls(rank, addresses, before, after, timeout + 1)
+        try:
+            ring.barrier()
+        except BaseException:
+            ring.close()
+            raise
+        ring._timeout = timeout
+        return ring
+
+    def mark(self, epoch: int, step: int) -> None:
+        """See `Collective.mark`."""
+        self._place = (int(epoch), int(step))
+
+    def all_reduce(self, buffer: NDArray[Any], op: str = "sum") -> None:
+        """See `Collective.all_reduce`."""
+        flat = _flat(buffer, op)
+        reduce = self._reduce_whole if self.world * flat.nbytes <= _BLOCK else self._reduce_in_pieces
+        operation = self._operation(Operation.ALL_REDUCE, flat.nbytes, flat.dtype, _OPS.index(op))
+        with operation, np.errstate(all="ignore"):  # an overflow is the training's to judge
+            reduce(flat, op)
+
+    def broadcast(self, buffer: NDArray[Any], root: int = 0) -> None:
+        """See `Collective.broadcast`."""
+        flat = _flat(buffer)
+        _check_root(root, self.world)
+        blocks = _cut(_raw(flat))
+        sends = blocks if (self.rank + 1) % self.world != root else []
+        receives = blocks if self.rank != root else []
+        with self._operation(Operation.BROADCAST, flat.nbytes, flat.dtype, root):
+            self._exchange(sends, receives, lead=0 if receives else len(sends))
+
+    def all_gather(self, data: bytes) -> list[bytes]:
+        """See `Collective.all_gather`."""
+        mine = bytes(data)
+        lengths = np.full(self.world, len(mine), np.int64)
+        with self._lock:
+            with self._operation(Operation.ALL_GATHER, lengths.nbytes):
+                self._hand_round([_raw(lengths[rank : rank + 1]) for rank in range(self.world)])
+            with self._operation(Operation.ALL_GATHER, int(lengths.sum())):
+                pieces = [bytearray(length) for length in lengths.tolist()]
+                pieces[self.rank][:] = mine
+                self._hand_round([memoryview(piece) for piece in pieces])
+        return [bytes(piece) for piece in pieces]
+
+    def barrier(self) -> None:
+        """See `Collective.barrier`."""
+        with self._operation(Operation.BARRIER, 0):
+            self._hand_round([memoryview(b"")] * self.world)
+
+    def abort(self, reason: str) -> None:
+        """See `Collective.abort`."""
+        self._aborted = f"rank {self.rank} failed: {reason}"
+        if not self._lock.acquire(blocking=False):
+            # Another thread is in an operation: this wakes it, to find the verdict and let go of the lock.
+            with suppress(OSError):
+                self._inlet.socket.shutdown(socket.SHUT_RD)
+            self._lock.acquire()
+        try:
+            self._break(CollectiveError(self._aborted))
+        finally:
+            self._lock.release()
+
+    def close(self) -> None:
+        """See `Collective.close`."""
+        with self._lock:
+            if not self.error:
+                self._say(header(Kind.FINISHED, self._position.pack(), 0), patience=self._timeout)
+                self.error = CollectiveError(f"rank {self.rank} has closed its ring")
+            hang_up(self._inlet.socket)
+            hang_up(self._outlet.socket)
+
+    @contextmanager
+    def _operation(
+        self, operation: Operation, nbytes: int, dtype: DTypeLike = np.uint8, argument: int = 0
+    ) -> Iterator[None]:
+        """Take a turn and a place in the sequence; whatever goes wrong within breaks the ring for good."""
+        with self._lock:
+            if self.error:
+                raise _again(self.error)
+            sequence, code = self._position.sequence + 1, _CODES[np.dtype(dtype)]
+            self._position = Position(operation, code, argument, sequence, *self._place, nbytes)
+            self._heard_before = self._heard_after = now = time.monotonic()
+            self._sign_due = now + self._timeout / 4
+            try:
+                if self._left and self._left.sequence < sequence:
+                    raise self._closed(self._after, self._left)
+                yield
+            except BaseException as error:
+                self._break(error)
+                raise
+
+    def _break(self, error: BaseException) -> None:
+        """Let no later call through, and give both neighbours the news, once."""
+        if self.error:
+            return
+        if isinstance(error, CollectiveError):
+            self.error = _again(error)
+        else:
+            self.error = CollectiveError(f"rank {self.rank} failed: {error!r}")
+        kind = Kind.OUT_OF_STEP if isinstance(error, OutOfStep) else Kind.LOST
+        self._say(text_frame(kind, str(self.error)))
+
+    def _say(self, frame: bytes, patience: float = 0) -> None:
+        self._back_outlet.say(frame, patience)
+        self._outlet.say(frame, patience)
+
+    def _reduce_whole(self, flat: NDArray[Any], op: str) -> None:
+        """Take in everybody's buffer, then combine them in the order of ranks."""
+        rows = self._scratch[: self.world * flat.nbytes].view(flat.dtype).reshape(self.world, flat.size)
+        buffers = [flat if rank == self.rank else row for rank, row in enumerate(rows)]
+        self._hand_round([_raw(buffer) for buffer in buffers])
+        result = buffers[0]
+        for buffer in buffers[1:]:
+            out = flat if buffer is flat else result  # the result ends in the caller's buffer
+            _UFUNCS[op](result, buffer, out=out)
+            result = out
+        if op == "mean":
+            np.divide(flat, self.world, out=flat)
+
+    def _reduce_in_pieces(self, flat: NDArray[Any], op: str) -> None:
+        """Hand one piece per rank round twice: once to combine it, once to hand out the result."""
+        bounds = [flat.size * rank // self.world for rank in range(self.world + 1)]
+        hops = self._hops([_raw(flat[start:stop]) for start, stop in pairwise(bounds)], rounds=2)
+        partial = sum(map(len, hops[1 : self.world - 1]))  # blocks that come and still lack some rank's share
+        combine, scratch = _UFUNCS[op], self._scratch.view(flat.dtype)
+
+        def fold(number: int, block: memoryview) -> None:
+            mine = np.frombuffer(block, flat.dtype)
+            combine(mine, scratch[: mine.size], out=mine)
+            if op == "mean" and number >= partial:
+                np.divide(mine, self.world, out=mine)
+
+        sends, receives = list(chain(*hops[:-1])), list(chain(*hops[1:]))
+        folds = partial + len(hops[self.world - 1])
+        self._exchange(sends, receives, lead=len(hops[0]), folds=folds, fold=fold)
+
+    def _hand_round(self, pieces: Sequence[memoryview]) -> None:
+        """Give every rank all pieces; each holds its own beforehand."""
+        hops = self._hops(pieces)
+        self._exchange(list(chain(*hops[:-1])), list(chain(*hops[1:])), lead=len(hops[0]))
+
+    def _hops(self, pieces: Sequence[memoryview], rounds: int = 1) -> list[list[memoryview]]:
+        """Return the pieces as they pass this rank, each cut into blocks: its own, then those that arrive.
+
+        It sends all but the last and receives all but the first.
+        """
+        count = rounds * (self.world - 1) + 1
+        return [_cut(pieces[(self.rank - hop) % self.world]) for hop in range(count)]
+
+    def _exchange(
+        self,
+        sends: Sequence[memoryview],
+        receives: Sequence[memoryview],
+        lead: int,
+        folds: int = 0,
+        fold: Callable[[int, memoryview], None] | None = None,
+    ) -> None:
+        """Send and receive at the same time, until all blocks have gone and come.
+
+        Parameters
+        ----------
+        sends, receives : sequence of memoryview
+            The memory to send from and to receive into, in order.
+        lead : int
+            How many blocks may go before any has come. Each further one repeats a block received, in order,
+            and so may go when that one is complete.
+        folds, fold : int, callable
+            How many of the blocks received do not overwrite their memory but come to the scratch block, for
+            `fold(number, memory)` to combine the two.
+        """
+        position = self._position.pack()
+        scratch = self._scratch.data
+        sent = received = 0
+        while sent < len(sends) or received < len(receives):
+            waiting = True
+            may_send = sent < min(len(sends), lead + received)
+            if may_send and self._sent(position, sends[sent]):
+                sent, waiting = sent + 1, False
+            if received < len(receives):
+                block = receives[received]
+                folded = fold is not None and received < folds
+                if self._came(position, scratch[: len(block)] if folded else block):
+                    if fold is not None and folded:
+                        fold(received, block)
+                    received, waiting = received + 1, False
+            if waiting:
+                self._wait(for_before=received < len(receives), for_after=may_send)
+
+    def _sent(self, position: bytes, block: memoryview) -> bool:
+        """Send what can go, and say whether that was the rest of the block."""
+        try:
+            return self._outlet.sent(position, block)
+        except OSError as error:
+            self._listen_back()  # for its last words
+            self._lose(self._after, error)
+
+    def _came(self, position: bytes, block: memoryview) -> bool:
+        """Receive what has come, and say whether that was the rest of the block."""
+        try:
+            while self._inlet.head_came():
+                if self._inlet.head == header(Kind.BLOCK, position, len(block)):
+                    return self._inlet.body_came(block)
+                self._hear(self._inlet, self._before)
+        except (OSError, EOFError) as error:
+            # Amid a block even a rank that knew why had no way to say so: the news comes by the other side.
+            self._listen_back(patience=0 if self._inlet.between_frames else _GRACE)
+            self._lose(self._before, error)
+        return False
+
+    def _wait(self, for_before: bool, for_after: bool) -> None:
+        """Sleep until a neighbour can be read or written; raise where one that is waited for keeps silent."""
+        if self._aborted:
+            raise CollectiveError(self._aborted)
+        before, after = self._inlet.socket.fileno(), self._outlet.socket.fileno()
+        poller, until = select.poll(), self._sign_due
+        if not self._left:
+            poller.register(after, select.POLLIN)
+        if for_after:
+            poller.register(after, select.POLLIN | select.POLLOUT)
+            until = min(until, self._heard_after + self._timeout)
+        if for_before:  # else what has come already, for the next operation, would let nobody sleep
+            poller.register(before, select.POLLIN)
+            until = min(until, self._heard_before + self._timeout)
+        ready = dict(poller.poll(max(0.0, until - time.monotonic()) * 1000))
+        now = time.monotonic()
+        if before in ready:
+            self._heard_before = now
+        if after in ready:
+            self._heard_after = now
+            if ready[after] != select.POLLOUT:
+                self._listen_back()
+        if for_before and now >= self._heard_before + self._timeout:
+            raise PeerLost(f"{self._before} kept silent for {self._timeout:g} s")
+        if for_after and now >= self._heard_after + self._timeout:
+            raise PeerLost(f"{self._after} took no data for {self._timeout:g} s")
+        if now >= self._sign_due:
+            # The ranks that wait for this one must not take it for the one that all are waiting for.
+            self._sign_due = now + self._timeout / 4
+            self._say(header(Kind.WAITING, self._position.pack(), 0))
+
+    def _listen_back(self, patience: float = 0) -> None:
+        """Act on the small frames from the rank after this one, and wait a while for more."""
+        until = time.monotonic() + patience
+        try:
+            while not self._left:
+                if self._back_inlet.head_came():
+                    self._hear(self._back_inlet, self._after)
+                elif time.monotonic() >= until:
+                    return
+                else:
+                    self._back_inlet.wait(until - time.monotonic())
+        except (OSError, EOFError) as error:
+            self._lose(self._after, error)
+
+    def _hear(self, inlet: Inlet, who: str) -> None:
+        """Act on a frame that is not the block expected: raise the news it brings, or pass on to the next."""
+        kind, length = inlet.kind_and_length()
+        theirs, ours = inlet.position(), self._position
+        if kind is Kind.LOST:
+            raise PeerLost(inlet.text(length))
+        if kind is Kind.OUT_OF_STEP:
+            raise OutOfStep(inlet.text(length))
+        if kind is Kind.FINISHED:
+            if inlet is self._inlet or theirs.sequence < ours.sequence:
+                raise self._closed(who, theirs)
+            self._left = theirs  # it has been in this operation to the end, and needs nothing more of this rank
+        elif kind is Kind.BLOCK or (theirs.sequence == ours.sequence and theirs != ours):
+            raise OutOfStep(
+                f"{who} is at {_describe(theirs)}, and rank {self.rank} at {_describe(ours)}. "
+                "All ranks must make the same calls in the same order: look for unequal numbers of batches"
+            )
+        inlet.skip()
+
+    def _closed(self, who: str, last: Position) -> PeerLost:
+        here = f"rank {self.rank} is at {_describe(self._position)}"
+        return PeerLost(f"{who} closed in good order after {_describe(last)}, and {here}")
+
+    def _lose(self, who: str, error: Exception) -> NoReturn:
+        """Raise what the end of a connection means."""
+        if self._aborted:
+            raise CollectiveError(self._aborted)
+        if isinstance(error, (EOFError, ConnectionError)):
+            raise PeerLost(f"{who} closed its connection") from error
+        raise PeerLost(f"{who} was lost: {error}") from error
+
+
+def _again(error: CollectiveError) -> CollectiveError:
+    """Return the error without its traceback, which would keep the frames' buffers alive."""
+    return type(error)(str(error))
+
+
+def _flat(buffer: NDArray[Any], op: str | None = None) -> NDArray[Any]:
+    """Return the buffer as one dimension of the same memory, if it is one that can be exchanged."""
+    if buffer.dtype not in _CODES:
+        raise ValueError(f"cannot exchange {buffer.dtype}, only {', '.join(map(str, _TYPES))}")
+    if not (buffer.flags.c_contiguous and buffer.flags.writeable):
+        raise ValueError("the buffer, changed in place, must be C-contiguous and writable: pass a copy")
+    if op is not None and op not in _OPS:
+        raise ValueError(f"cannot reduce by {op!r}, only by {', '.join(_OPS)}")
+    if op == "mean" and buffer.dtype.kind != "f":
+        raise ValueError(f"the mean of {buffer.dtype} is not {buffer.dtype}: reduce floats, or take the sum")
+    return buffer.reshape(-1)
+
+
+def _check_root(root: int, world: int) -> None:
+    if not 0 <= root < world:
+        raise ValueError(f"root {root} is not a rank: they go from 0 to {world - 1}")
+
+
+def _raw(flat: NDArray[Any]) -> memoryview:
+    """Return the bytes of an array, the same memory."""
+    return flat.view(np.uint8).data
+
+
+def _cut(piece: memoryview) -> list[memoryview]:
+    """Cut a piece into blocks; an empty piece is one empty block, so that its header travels."""
+    return [piece[start : start + _BLOCK] for start in range(0, max(len(piece), 1), _BLOCK)]
+
+
+def _describe(position: Position) -> str:
+    """Say in words where a rank stands."""
+    operation = Operation(position.operation)
+    argument = {
+        Operation.ALL_REDUCE: f" ({_OPS[position.argument % len(_OPS)]})",
+        Operation.BROADCAST: f" (from rank {position.argument})",
+    }.get(operation, "")
+    return (
+        f"{operation.name.lower()}{argument} of {position.nbytes} bytes of {_TYPES[position.dtype]}, "
+        f"operation {position.sequence}, epoch {position.epoch}, step {position.step}"
+    )
