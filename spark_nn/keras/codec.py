@@ -89,7 +89,9 @@ def load_predictor(path: str, cpus: int) -> Callable[[np.ndarray], np.ndarray]:
         os.environ["KERAS_BACKEND"] = "tensorflow"
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         with _stderr_muted():
-            import keras  # noqa: F401
+            import tensorflow as tf
+
+            tf.config.list_physical_devices()
     import tensorflow as tf
 
     # TensorFlow takes its thread counts once per process: a worker that scores again keeps the first ones.
