@@ -282,4 +282,4 @@ class _Disk:
         files.copyToLocalFile(False, source, self._local(local), True)
 
     def _local(self, path: Path) -> Any:
-        return self._path(path.as_uri())
+        return self._path(f"file://{path}")  # Hadoop takes it as it stands, blanks and all

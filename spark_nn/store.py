@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import json
+import os
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -35,15 +36,29 @@ def store_url(spark: SparkSession, url: str | None) -> str:
     """
     url = url or spark.conf.get(STORE_CONF, None)
     if url:
-        return url if "://" in url else Path(url).expanduser().absolute().as_uri()
+        return url if "://" in url else _file_url(Path(url).expanduser().absolute())
     master = spark.conf.get("spark.master", "") or ""
     if master.startswith("local"):
-        return (Path(tempfile.gettempdir()) / f"spark_nn-{getpass.getuser()}").as_uri()
+        return _file_url(_own_folder())
     raise StoreError(
         f"no store: on master {master!r} the executors may run on other machines, so a fit needs a "
         "directory that the driver and all of them can read and write. Set the param storeUrl or the Spark "
         f"conf {STORE_CONF} to a path on a shared disk or to an fsspec URL such as s3://bucket/dir"
     )
+
+
+def _file_url(path: Path) -> str:
+    # Not `as_uri`: fsspec takes what follows the scheme as it stands, blanks and all.
+    return f"file://{path}"
+
+
+def _own_folder() -> Path:
+    """A directory under the system's temporary one that is this user's alone."""
+    folder = Path(tempfile.gettempdir()) / f"spark_nn-{getpass.getuser()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise StoreError(f"{folder} belongs to another user: set storeUrl to a directory of your own")
+    return folder
 
 
 class RunDir:

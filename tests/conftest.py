@@ -10,9 +10,11 @@ import pytest
 
 from spark_nn.doctor import javaProblem
 from tests import toy
+from tests.keras import models
 
 # Executors of a cluster do not have the tests: their code travels with the functions.
 cloudpickle.register_pickle_by_value(toy)
+cloudpickle.register_pickle_by_value(models)
 
 
 def pytest_configure(config):

@@ -68,6 +68,26 @@ def test_two_workers_equal_one_process_on_the_global_batches(spark, store, name)
     assert models.relative(model.model.get_weights(), expected.get_weights()) < 1e-5
 
 
+def test_a_pipeline_on_a_cluster_of_processes(cluster, store):
+    """Executors with no more than spark_nn installed; sample weights and the last, smaller batch included."""
+    df = data(cluster)
+    x, y, w = arrays(df)
+    stages = [
+        VectorAssembler(inputCols=["a", "b", "c"], outputCol="features"),
+        estimator(store, featuresCol="features", numWorkers=2, weightCol="w", optimizer="sgd"),
+    ]
+    stages[1].clear(stages[1].inputCols)
+    model = Pipeline(stages=stages).fit(df)
+    compiled = {"optimizer": "sgd", "loss": "binary_crossentropy"}
+    expected = models.single_process(models.mlp, compiled, x, y, 2, 32, 2, 11, weight=w)
+    assert models.relative(model.stages[1].model.get_weights(), expected.get_weights()) < 1e-5
+    scored = model.transform(df)
+    assert scored.columns == [*df.columns, "features", "rawPrediction", "probability", "prediction"]
+    by_id = {row.id: row.probability[1] for row in scored.repartition(5).collect()}
+    order = [row.id for row in df.collect()]
+    np.testing.assert_allclose([by_id[i] for i in order], expected.predict(x, verbose=0)[:, 0], atol=1e-6)
+
+
 def test_one_worker_equals_keras_fit_on_the_whole_data(spark, store):
     import keras
 
