@@ -100,7 +100,8 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
                 workers=gang.world,
             )
             written = time.monotonic()
-            trained = Trained(**gang.run(trainer, run, verbose=self.getVerbose()))
+            answer = gang.run(trainer, run, environment=trainer.environment, verbose=self.getVerbose())
+            trained = Trained(**answer)
             file = ModelFile.fetch(run, trained.file, trained.sha256)
         summary = TrainingSummary(
             history=trained.history,

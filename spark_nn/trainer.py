@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
 
 from spark_nn.dataset.manifest import MANIFEST, Manifest, Split
 from spark_nn.dataset.stream import Stream
@@ -75,6 +75,9 @@ class Trainer(ABC):
     schedule : Schedule
         How to go through the rows.
     """
+
+    # What must be set in the rank's process before the framework is imported there.
+    environment: ClassVar[dict[str, str]] = {}
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,14 @@ class Gang:
                 "the session more cores (local[n], or executors x spark.executor.cores / spark.task.cpus)"
             )
 
-    def run(self, function: Callable[[GangContext], Any], run: RunDir, *, verbose: int = 0) -> Any:
+    def run(
+        self,
+        function: Callable[[GangContext], Any],
+        run: RunDir,
+        *,
+        environment: Mapping[str, str] | None = None,
+        verbose: int = 0,
+    ) -> Any:
         """Run a function on every rank.
 
         Parameters
@@ -82,6 +89,8 @@ class Gang:
             Takes the :class:`~spark_nn.gang.context.GangContext`; what it returns on rank 0 must fit in JSON.
         run : RunDir
             The run directory.
+        environment : mapping, optional
+            Variables to set in every rank's process before it starts.
         verbose : {0, 1, 2}
             How to show progress (see :func:`~spark_nn.gang.progress.shown`).
 
@@ -96,7 +105,13 @@ class Gang:
             A rank failed; it carries the rank, the host and the original traceback.
         """
         run.mkdir(FOLDER)
-        task = GangTask(run, cloudpickle.dumps(function), secrets.token_bytes(32), self.timeout)
+        task = GangTask(
+            run=run,
+            function=cloudpickle.dumps(function),
+            environment=dict(environment or {}),
+            secret=secrets.token_bytes(32),
+            timeout=self.timeout,
+        )
         try:
             with shown(run, verbose):
                 (self.spark.range(0, self.world, 1, self.world).mapInArrow(task, "rank long", barrier=True).collect())

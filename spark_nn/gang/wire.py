@@ -15,12 +15,12 @@ import secrets
 import select
 import socket
 import struct
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from spark_nn.errors import CollectiveError, PeerLost
 
@@ -330,7 +330,7 @@ async def _form(
     if answering in missing:
         complaints.append(f"rank {before} at {place(addresses[before])} did not call")
     if calling in missing:
-        why = f" ({trouble[-1]})" if trouble else ""
+        why = f" ({trouble[0]})" if trouble else ""
         complaints.append(f"rank {after} at {place(addresses[after])} did not answer{why}")
     text = f"the ring did not form: {' and '.join(complaints)} within {timeout:g} s, says rank {rank}"
     for task in done - {failed}:
@@ -349,67 +349,62 @@ async def _call(address: Address, pledge: _Pledge, trouble: list[str]) -> socket
             places = await loop.getaddrinfo(*address, type=socket.SOCK_STREAM)
             family, kind, protocol, _, target = places[attempt % len(places)]
             sock = socket.socket(family, kind, protocol)
-            sock.setblocking(False)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-            return await _or_close(sock, _reach(sock, target, pledge))
+            try:
+                sock.setblocking(False)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+                async with asyncio.timeout(_INTRODUCTION_LIMIT):  # better call again than wait on a lost packet
+                    await loop.sock_connect(sock, target)
+                await pledge.call(sock)  # without a limit: the kernel connects before the peer can answer
+            except BaseException:
+                sock.close()
+                raise
+            return sock
         except (OSError, EOFError, _StrangerError) as error:
-            trouble.append(str(error))
+            trouble[:] = [str(error) or type(error).__name__]
         await asyncio.sleep(min(0.01 * (attempt + 1), 0.25))
     raise AssertionError("unreachable")
-
-
-async def _reach(sock: socket.socket, target: Any, pledge: _Pledge) -> None:
-    async with asyncio.timeout(_INTRODUCTION_LIMIT):  # a lost SYN is better sent again than waited for
-        await asyncio.get_running_loop().sock_connect(sock, target)
-    await pledge.call(sock)  # no limit here: the kernel connects before the peer is ready to answer
 
 
 async def _answer(listener: socket.socket, pledge: _Pledge) -> socket.socket:
     """Hear all callers at once, so that no silent one keeps the neighbour waiting; return the neighbour."""
     loop = asyncio.get_running_loop()
     neighbour: asyncio.Future[socket.socket] = loop.create_future()
+    callers: dict[asyncio.Task[None], socket.socket] = {}
+
+    def admit() -> None:
+        with suppress(OSError):  # it has hung up already, or there is no descriptor left for the moment
+            sock, _ = listener.accept()
+            task = asyncio.create_task(hear(sock))
+            callers[task] = sock
+            task.add_done_callback(callers.pop)
 
     async def hear(sock: socket.socket) -> None:
-        with suppress(OSError, EOFError, _StrangerError):
+        try:
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             async with asyncio.timeout(_INTRODUCTION_LIMIT):
-                await _or_close(sock, pledge.answer(sock))
+                await pledge.answer(sock)
+        except (OSError, EOFError, _StrangerError):
+            sock.close()
+        else:
             if neighbour.done():
                 sock.close()
             else:
                 neighbour.set_result(sock)
 
-    async def keep_the_door() -> None:
-        while True:
-            try:
-                sock, _ = await loop.sock_accept(listener)
-            except OSError:  # a caller that hung up already, or no descriptor left for the moment
-                await asyncio.sleep(0.05)
-                continue
-            guest = asyncio.create_task(hear(sock))
-            tasks.add(guest)
-            guest.add_done_callback(tasks.discard)
-
     listener.setblocking(False)
-    tasks: set[asyncio.Task[None]] = set()
-    tasks.add(asyncio.create_task(keep_the_door()))
+    loop.add_reader(listener, admit)
     try:
         return await neighbour
     finally:
-        for task in tasks:
+        loop.remove_reader(listener)
+        strangers = {task: sock for task, sock in callers.items() if not task.done()}
+        for task in strangers:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _or_close(sock: socket.socket, dealings: Coroutine[Any, Any, None]) -> socket.socket:
-    """Return the socket after the dealings on it; close it where they fail or are called off."""
-    try:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        await dealings
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+        await asyncio.gather(*strangers, return_exceptions=True)
+        for sock in strangers.values():
+            sock.close()
 
 
 async def _read_exactly(sock: socket.socket, length: int) -> bytes:

@@ -49,6 +49,8 @@ class GangTask:
     function : bytes
         The function to run on each rank, pickled by cloudpickle on the driver. It reaches the task inside
         Spark's own closure and is unpickled only in the child.
+    environment : dict
+        Variables that the function wants set.
     secret : bytes
         What the ranks prove to each other to know.
     timeout : float
@@ -57,6 +59,7 @@ class GangTask:
 
     run: RunDir
     function: bytes
+    environment: dict[str, str]
     secret: bytes
     timeout: float
 
@@ -85,7 +88,8 @@ class GangTask:
                 }
                 resources = context.resources()
                 gpus = resources["gpu"].addresses if "gpu" in resources else []
-                self._guard(order, listener, child_environment(os.environ, context.cpus(), gpus))
+                env = child_environment(os.environ, context.cpus(), gpus) | self.environment
+                self._guard(order, listener, env)
         except _ChildFailed:
             raise
         except Exception as error:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from spark_nn.errors import SparkNNError
+
 SUFFIX = ".keras"
 
 
@@ -92,8 +94,14 @@ def load_predictor(path: str, cpus: int) -> Callable[[np.ndarray], np.ndarray]:
             import tensorflow as tf
 
             tf.config.list_physical_devices()
+    import keras
     import tensorflow as tf
 
+    if keras.backend.backend() != "tensorflow":
+        raise SparkNNError(
+            f"this Python worker has imported Keras on {keras.backend.backend()} before, and scoring needs it on "
+            "tensorflow: set KERAS_BACKEND=tensorflow for the executors (spark.executorEnv.KERAS_BACKEND)"
+        )
     # TensorFlow takes its thread counts once per process: a worker that scores again keeps the first ones.
     with contextlib.suppress(RuntimeError):
         tf.config.threading.set_intra_op_parallelism_threads(cpus)

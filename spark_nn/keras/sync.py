@@ -161,6 +161,9 @@ class _Global(keras.callbacks.Callback):  # type: ignore[misc]
         self.train: dict[str, float] | None = None
         self.validation: dict[str, float] = {}
 
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.sync.collective.mark(epoch, 0)  # ranks that meet in different epochs are told so
+
     def on_test_begin(self, logs: Any = None) -> None:
         # The metrics still hold the training rows; evaluation is about to reset them.
         self.sync.settle_statistics()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -72,6 +72,9 @@ class KerasTrainer(Trainer):
     recipe : Recipe
         What to train.
     """
+
+    # Whatever the machine prefers: the gradients are averaged inside TensorFlow's graph.
+    environment: ClassVar[dict[str, str]] = {"KERAS_BACKEND": "tensorflow"}
 
     def __init__(self, schedule: Schedule, recipe: Recipe) -> None:
         super().__init__(schedule)

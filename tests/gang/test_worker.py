@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from spark_nn.errors import ClusterError
+from spark_nn.gang.failure import Failure, first_failure
+from spark_nn.gang.worker import _check_alike, child_environment, versions
+from spark_nn.store import RunDir
+
+
+def test_a_rank_gets_an_environment_of_its_own():
+    base = {"PATH": "/bin", "AWS_REGION": "x", "TF_CONFIG": "of an earlier job", "RANK": "7", "OMP_NUM_THREADS": "64"}
+    env = child_environment(base, 3, ["1", "4"])
+    assert env["PATH"] == "/bin"
+    assert env["AWS_REGION"] == "x"
+    assert "TF_CONFIG" not in env
+    assert "RANK" not in env
+    assert env["OMP_NUM_THREADS"] == env["TF_NUM_INTRAOP_THREADS"] == "3"
+    assert env["CUDA_VISIBLE_DEVICES"] == "1,4"
+    assert env["PYTHONPATH"].split(os.pathsep) == [path for path in sys.path if path]
+    assert child_environment(base, 1, [])["CUDA_VISIBLE_DEVICES"] == ""
+    assert base["RANK"] == "7"
+
+
+def test_executors_that_differ_are_an_error_that_names_the_package():
+    cards = [
+        {"rank": 0, "host": "a", "versions": {"python": "3.11.7", "keras": "3.15.1"}},
+        {"rank": 1, "host": "b", "versions": {"python": "3.11.7", "keras": "3.15.2"}},
+    ]
+    message = r"keras differs between the executors: 3.15.1 on a \(rank 0\), 3.15.2 on b \(rank 1\)"
+    with pytest.raises(ClusterError, match=message):
+        _check_alike(cards)
+    del cards[1]["versions"]["keras"]
+    with pytest.raises(ClusterError, match="keras differs .* 3.15.1 on a .* nothing on b"):
+        _check_alike(cards)
+    _check_alike([cards[0], {**cards[0], "rank": 1}])
+    assert versions()["python"].startswith("3.")
+
+
+def failure(rank, kind, when):
+    return Failure(rank, f"host{rank}", kind, f"reason {rank}", when=when)
+
+
+@pytest.mark.parametrize(
+    ("failures", "first"),
+    [
+        ([], None),
+        ([("peer", 1.0), ("error", 2.0)], 1),  # a survivor may report before the cause does
+        ([("died", 1.0), ("error", 2.0)], 1),  # an exception says more than a death
+        ([("error", 2.0), ("error", 1.0)], 1),
+        ([("peer", 2.0), ("peer", 1.0)], 1),
+    ],
+)
+def test_the_cause_is_told_from_its_consequences(tmp_path, failures, first):
+    with RunDir.open(f"file://{tmp_path}") as run:
+        run.mkdir("failures")
+        for rank, (kind, when) in enumerate(failures):
+            failure(rank, kind, when).save(run)
+        found = first_failure(run, 2, patience=0.0)
+        assert (found and found.rank) == first
