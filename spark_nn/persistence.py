@@ -22,13 +22,13 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from pyspark.ml import util
 from pyspark.ml.util import (
     DefaultParamsReader,
     DefaultParamsWriter,
     MLReadable,
     MLReader,
     MLWriter,
-    _remove_dfs_dir,
 )
 
 from spark_nn.errors import ModelFileError, ParamError
@@ -105,8 +105,12 @@ class StageWriter(MLWriter):
         self.stage = stage
 
     def _handleOverwrite(self, path: str) -> None:
-        # The inherited one reaches for the JVM, which Spark Connect does not have.
-        _remove_dfs_dir(path, self.sparkSession)
+        # The inherited one reaches for the JVM, which Spark Connect does not have; 4.0 has nothing else.
+        remove = getattr(util, "_remove_dfs_dir", None)
+        if remove is None:
+            super()._handleOverwrite(path)
+        else:
+            remove(path, self.sparkSession)
 
     def saveImpl(self, path: str) -> None:
         """Save the stage; the manifest is written last.
