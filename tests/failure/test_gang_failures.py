@@ -68,7 +68,7 @@ def leaves(context):
 
 
 def answers(context):
-    return {"rank": context.rank, "world": context.world, "cpus": context.cpus}
+    return {"rank": context.rank, "world": context.world, "cpus": context.cpus, "greeting": os.environ["GREETING"]}
 
 
 def unserialisable(context):
@@ -91,7 +91,9 @@ def test_a_process_that_dies_is_named(spark, store, function, rank, message):
 
 def test_the_gang_returns_what_rank_0_returned(spark, store):
     with RunDir.open(f"file://{store}") as run:
-        assert Gang(spark, 2).run(answers, run) == {"rank": 0, "world": 2, "cpus": 1}
+        answer = Gang(spark, 2).run(answers, run, environment={"GREETING": "hello"})
+        assert answer == {"rank": 0, "world": 2, "cpus": 1, "greeting": "hello"}
+    assert "GREETING" not in os.environ
 
 
 def names_itself_and_waits(context):
