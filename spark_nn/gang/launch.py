@@ -119,7 +119,8 @@ class Gang:
             failure = first_failure(run, self.world, _PATIENCE)
             if failure is None:
                 # No rank could report: Spark's own words are all there is.
-                raise TrainingError(f"the gang could not run: {error}") from error
+                words = str(error).split("\n\tat ")[0]
+                raise TrainingError(f"the gang could not run: {words}") from error
             raise _training_error(failure) from None
         return run.readJson(RESULT)
 
