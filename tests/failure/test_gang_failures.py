@@ -19,12 +19,14 @@ pytestmark = pytest.mark.timeout(120)
 
 
 def ranks():
-    """The processes of ranks on this machine."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if "spark_nn.gang.child" in (process.info["cmdline"] or []):
-            found.append(process.pid)
-    return found
+    """The processes of ranks that this session's Spark has started, directly or not."""
+    mark = os.environ["SPARK_WORKER_DIR"]  # a directory of this test session's own, inherited by all of them
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline", "environ"])
+        if "spark_nn.gang.child" in (process.info["cmdline"] or [])
+        and (process.info["environ"] or {}).get("SPARK_WORKER_DIR") == mark
+    ]
 
 
 @pytest.fixture(autouse=True)
