@@ -1,13 +1,15 @@
 """Packaging of spark_nn: what it needs to run, and why each of them."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "spark_nn" / "__init__.py").read_text(encoding="utf-8"))[1]
 
 INSTALL_REQUIRES = [
-    # The engine. 4.0 brought `profile=` to mapInArrow; each minor release is tested before it is let in.
+    # The engine. 4.0 saves metadata without a SparkContext; each minor release is tested before it is let in.
     "pyspark>=4.0,<4.4",
     # Reads the materialised dataset. Pinned exactly: the compatibility layer knows this version only.
     "petastorm==0.13.1",
@@ -26,7 +28,7 @@ INSTALL_REQUIRES = [
     "cloudpickle>=3",
     # Run directories on any storage, with one interface.
     "fsspec>=2024.6",
-    # The progress bar of a fit, in terminals and notebooks.
+    # The progress bar of a fit.
     "tqdm>=4.66",
 ]
 
@@ -56,7 +58,7 @@ EXTRAS = {
 
 setup(
     name="spark-nn",
-    version="0.1.0",
+    version=VERSION,
     description="Neural networks as first-class citizens of Spark ML",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -21,7 +21,7 @@ from spark_nn import KerasEstimator
 from spark_nn.doctor import requireJava
 
 FEATURES = 20
-PHASES = ("materialize", "import", "train", "publish")
+PHASES = ("materialize", "start", "import", "train", "publish")
 
 
 def build():

@@ -23,7 +23,6 @@ from pyspark.sql.types import (
     BooleanType,
     DataType,
     DateType,
-    DecimalType,
     FractionalType,
     IntegralType,
     LongType,
@@ -86,15 +85,16 @@ class Problem:
     """A reason why rows of a column cannot be used; counted by :func:`decode`."""
 
     column: str
-    kind: Literal["null", "nan", "width", "negative"]
+    kind: Literal["null", "nan", "infinite", "width", "negative"]
 
     def describe(self, rows: int) -> str:
         """What was found in how many rows, and the cure."""
         found, cure = {
             "null": ("null", "drop them (df.na.drop) or fill them (df.na.fill, Imputer)"),
             "nan": ("NaN", "drop them (df.na.drop) or fill them (Imputer)"),
+            "infinite": ("infinite, or beyond the range of 32-bit floats,", "scale or drop them"),
             "width": (
-                "of another length than the first",
+                "not of the length expected (that of the first row, or of the rows trained on)",
                 "every row must have as many elements: pad or cut them",
             ),
             "negative": ("negative", "weights must be 0 or more"),
@@ -209,9 +209,10 @@ def decode(array: pa.Array, tensor: Tensor, problems: Counter[Problem]) -> np.nd
     if problems.total() > before:
         return None
     block: np.ndarray = values.to_numpy(zero_copy_only=False)
-    # One pass that allocates nothing: the minimum is NaN where any element is.
-    if tensor.dtype == "float32" and block.size and np.isnan(block.min()):
+    # Two passes that allocate nothing: the minimum is NaN where any element is.
+    if tensor.dtype == "float32" and block.size and not (np.isfinite(block.min()) and np.isfinite(block.max())):
         _count_rows(np.isnan(block), width, tensor, "nan", problems)
+        _count_rows(np.isinf(block), width, tensor, "infinite", problems)
         return None
     if tensor.name == "weight" and block.size and block.min() < 0:
         _count_rows(block < 0, width, tensor, "negative", problems)
@@ -232,8 +233,8 @@ def _count_rows(bad: np.ndarray, width: int, tensor: Tensor, kind: Any, problems
         for name, rows in zip(tensor.columns, table.sum(axis=0), strict=True):
             if rows:
                 problems[Problem(name, kind)] += int(rows)
-    else:
-        problems[Problem(tensor.columns[0], kind)] += int(table.any(axis=1).sum())
+    elif rows := int(table.any(axis=1).sum()):
+        problems[Problem(tensor.columns[0], kind)] += rows
 
 
 def _type(schema: StructType, param: str, name: str) -> DataType:
@@ -260,7 +261,7 @@ def _refusal(param: str, name: str, kind: DataType, allowed: str) -> ColumnError
         advice = "StringIndexer (and OneHotEncoder) turns strings into numbers"
     elif isinstance(kind, (DateType, TimestampType, TimestampNTZType)):
         advice = "derive numbers from it, such as unix_timestamp, hour or dayofweek"
-    elif isinstance(kind, (ArrayType, DecimalType)):
+    elif isinstance(kind, ArrayType):
         advice = "cast it, or flatten what is nested"
     else:
         advice = "cast or assemble it first (VectorAssembler)"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pyspark.ml.base import Estimator, Model
 from pyspark.ml.param import Param
@@ -19,7 +19,7 @@ from pyspark.ml.util import MLReadable, MLReader, MLWritable, MLWriter
 from spark_nn import columns
 from spark_nn.columns import Tensor
 from spark_nn.dataset.materialize import materialize
-from spark_nn.errors import SparkNNError
+from spark_nn.errors import ModelFileError, SparkNNError
 from spark_nn.gang.launch import Gang
 from spark_nn.outputs import Output
 from spark_nn.params import ModelParams, TrainingParams
@@ -38,6 +38,9 @@ M = TypeVar("M", bound="NeuralModel")
 
 class _Stage(MLReadable[Any], MLWritable):
     """Saving and loading, alike for estimators and models."""
+
+    # Params whose values may be functions, or hold some.
+    functionParams: ClassVar[frozenset[str]] = frozenset()
 
     def write(self) -> MLWriter:
         """Writer that saves this stage."""
@@ -102,6 +105,7 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
             written = time.monotonic()
             answer = gang.run(trainer, run, environment=trainer.environment, verbose=self.getVerbose())
             trained = Trained(**answer)
+            gang_seconds = time.monotonic() - written
             file = ModelFile.fetch(run, trained.file, trained.sha256)
         summary = TrainingSummary(
             history=trained.history,
@@ -111,6 +115,7 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
             rowsPerSecond=trained.rowsPerSecond,
             seconds={
                 "materialize": written - began,
+                "start": max(0.0, gang_seconds - sum(trained.seconds.values())),
                 **trained.seconds,
                 "total": time.monotonic() - began,
             },
@@ -194,6 +199,11 @@ class NeuralModel(Model, ModelParams, _Stage):
         return self._fitted
 
     @property
+    def hasSummary(self) -> bool:
+        """Whether there is a summary: always, in a model that was fitted."""
+        return self._fitted is not None
+
+    @property
     def summary(self) -> TrainingSummary:
         """What the fit was like: history, rows per second, timings."""
         return self.fitted.summary
@@ -228,6 +238,8 @@ class NeuralModel(Model, ModelParams, _Stage):
         }
 
     def _loadSaved(self, metadata: dict[str, Any], files: dict[str, ModelFile]) -> None:
+        if len(files) != 1:
+            raise ModelFileError(f"a {type(self).__name__} has one model file, and {len(files)} were saved")
         (file,) = files.values()
         self._fitted = Fitted(
             file,

@@ -61,7 +61,7 @@ class Output:
     def values(self, output: np.ndarray) -> dict[str, np.ndarray]:
         """What each row gets, from the model's output of shape ``(rows,) + shape``."""
         if self.kind == "raw":
-            return {"predictionCol": output}
+            return {"predictionCol": output.astype(np.float32, copy=False)}
         output = output.reshape(len(output), -1).astype(np.float64)
         if self.kind == "regression":
             return {"predictionCol": output[:, 0]}

@@ -222,7 +222,8 @@ class TrainingParams(ModelParams, HasWeightCol, HasValidationIndicatorCol, HasSe
     )
     verbose: Param[int] = param(
         "verbose",
-        "Progress on the driver's terminal (standard error): 0 none, 1 a live bar, 2 a line per epoch.",
+        "Progress on the driver's standard error: 0 none, 1 a line per epoch and on a terminal a live bar, 2 a line "
+        "per epoch only.",
         choice("verbose", (0, 1, 2)),
     )
 
@@ -335,8 +336,9 @@ class TrainingParams(ModelParams, HasWeightCol, HasValidationIndicatorCol, HasSe
                 f"batchSize={batch} is not a multiple of numWorkers={workers}, and the workers share each "
                 f"batch equally: set batchSize to {down} or {up}"
             )
-        if self.isSet("validationIndicatorCol") and self.getValidationFraction() > 0:
+        indicator = self.isDefined("validationIndicatorCol") and self.getValidationIndicatorCol()
+        if indicator and self.getValidationFraction() > 0:
             raise ParamError(
                 f"validationFraction={self.getValidationFraction()} and validationIndicatorCol="
-                f"{self.getValidationIndicatorCol()!r} are both set: one of them decides, clear the other"
+                f"{indicator!r} are both set: one of them decides, clear the other"
             )

@@ -6,14 +6,15 @@ Layout of a saved stage::
     path/model/...        the framework's native file, readable without Spark and without spark_nn
     path/manifest.json    size and SHA-256 of every file under path/model
 
-Nothing is pickled. A function given as a param is saved as its import path; what has none is refused.
+Nothing is pickled. A function given as a param is saved as its import path; what has none is refused. Loading an
+estimator imports the functions that it names, and fitting it calls them: load estimators of authors you trust. A
+fitted model names none.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.metadata
 import json
 import shutil
 import tempfile
@@ -31,6 +32,7 @@ from pyspark.ml.util import (
     MLWriter,
 )
 
+import spark_nn
 from spark_nn.errors import ModelFileError, ParamError
 from spark_nn.store import RunDir
 
@@ -130,7 +132,7 @@ class StageWriter(MLWriter):
         extra = {
             "spark_nn": {
                 "format": FORMAT_VERSION,
-                "version": importlib.metadata.version("spark-nn"),
+                "version": spark_nn.__version__,
                 "files": sorted(files),
                 **self.stage._savedMetadata(),
             }
@@ -189,7 +191,7 @@ class StageReader(MLReader[S], Generic[S]):
         ):
             for name, value in saved.items():
                 if stage.hasParam(name):
-                    put(**{name: decode(value)})
+                    put(**{name: decode(value) if name in stage.functionParams else value})
                 else:
                     warnings.warn(f"{path}: this version has no param {name}; left out", stacklevel=2)
         stage._loadSaved(own, _fetch(spark, path, own["files"]))
@@ -212,7 +214,7 @@ def encode(param: str, value: Any) -> Any:
         return {key: encode(param, item) for key, item in value.items()}
     if callable(value) and hasattr(value, "__qualname__"):
         where = f"{value.__module__}:{value.__qualname__}"
-        if value.__module__ != "__main__" and "<" not in value.__qualname__:
+        if value.__module__ != "__main__" and "<" not in value.__qualname__ and _imported(where) == value:
             return {_IMPORT: where}
         raise ParamError(
             f"{param} is the function {where}, which another process could not import: define it at the top "
@@ -230,13 +232,17 @@ def decode(value: Any) -> Any:
         return [decode(item) for item in value]
     if isinstance(value, dict):
         if set(value) == {_IMPORT}:
-            module, _, name = value[_IMPORT].partition(":")
-            found: Any = importlib.import_module(module)
-            for part in name.split("."):
-                found = getattr(found, part)
-            return found
+            return _imported(value[_IMPORT])
         return {key: decode(item) for key, item in value.items()}
     return value
+
+
+def _imported(where: str) -> Any:
+    module, _, name = where.partition(":")
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
 
 
 def _fetch(spark: SparkSession, path: str, names: list[str]) -> dict[str, ModelFile]:

@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -114,9 +115,11 @@ def score(dataset: DataFrame, scorer: Scorer, columns: dict[str, str]) -> DataFr
     ColumnError
         An output column is there already.
     """
+    taken = {name.lower() for name in dataset.columns}  # as Spark resolves names
     for param, name in columns.items():
-        if name in dataset.columns:
-            raise ColumnError(f"{param}={name!r}: the DataFrame already has this column; rename or drop it")
+        if name.lower() in taken:
+            raise ColumnError(f"{param}={name!r}: there already is such a column; rename or drop it, or set {param}")
+        taken.add(name.lower())
     types = scorer.output.fields
     sql = f"struct<{','.join(f'{name}:{types[name]}' for name in scorer.fields)}>"
     scores = _udf(scorer, sql)(expression(scorer.input))
@@ -136,10 +139,12 @@ def ship(spark: SparkSession, file: Path) -> str:
     """
     kept = _shipping_folder() / file.name
     if not kept.exists():
+        draft = kept.with_name(f"{uuid.uuid4().hex}.draft")
         try:
-            os.link(file, kept)  # costs no disk, and outlives the original
+            os.link(file, draft)  # costs no disk, and outlives the original
         except OSError:
-            shutil.copyfile(file, kept)
+            shutil.copyfile(file, draft)
+        draft.replace(kept)  # two threads may get here at once, with the same content
     spark.addArtifacts(str(kept), file=True)
     return file.name
 

@@ -7,10 +7,12 @@ removes it when the fit ends, however it ends. Files appear in it whole or not a
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
+import logging
 import os
+import re
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 STORE_CONF = "spark.nn.storeUrl"
+_LOG = logging.getLogger(__name__)
 
 
 def store_url(spark: SparkSession, url: str | None) -> str:
@@ -36,6 +39,10 @@ def store_url(spark: SparkSession, url: str | None) -> str:
     """
     url = url or spark.conf.get(STORE_CONF, None)
     if url:
+        if re.match(r"[A-Za-z][\w+.-]*:(?!//)", url):
+            raise StoreError(
+                f"storeUrl={url!r}: write it as scheme://..., such as file:///shared/dir or hdfs://host/dir"
+            )
         return url if "://" in url else _file_url(Path(url).expanduser().absolute())
     master = spark.conf.get("spark.master", "") or ""
     if master.startswith("local"):
@@ -54,7 +61,7 @@ def _file_url(path: Path) -> str:
 
 def _own_folder() -> Path:
     """A directory under the system's temporary one that is this user's alone."""
-    folder = Path(tempfile.gettempdir()) / f"spark_nn-{getpass.getuser()}"
+    folder = Path(tempfile.gettempdir()) / f"spark_nn-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise StoreError(f"{folder} belongs to another user: set storeUrl to a directory of your own")
@@ -149,11 +156,17 @@ class RunDir:
         self.fs.get_file(self.path(name), str(local))
 
     def remove(self) -> None:
-        """Remove the directory and all that is in it."""
-        self.fs.invalidate_cache()
+        """Remove the directory and all that is in it; never raises, since it runs after other errors too."""
+        trouble: Exception | None = None
         # A straggler may still write while its directory goes: what it leaves is removed in another round.
-        for _ in range(3):
-            if not self.fs.exists(self.root):
-                return
-            with contextlib.suppress(FileNotFoundError, OSError):
+        for pause in (0.0, 0.2, 1.0):
+            time.sleep(pause)
+            try:
+                self.fs.invalidate_cache()
+                if not self.fs.exists(self.root):
+                    return
                 self.fs.rm(self.root, recursive=True)
+            except Exception as error:  # noqa: BLE001  (every store has errors of its own)
+                trouble = error
+        if trouble is not None:
+            _LOG.warning("%s could not be removed (%s): remove it by hand", self.url, trouble)

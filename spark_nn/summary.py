@@ -12,9 +12,9 @@ class TrainingSummary:
 
     Parameters
     ----------
-    history : dict of str to list of float
-        For each metric its value after each epoch, over the rows of all workers: ``loss`` and the model's
-        metrics, the same with ``val_`` where there are validation rows.
+    history : dict of str to list
+        For each metric its value after each epoch (a list, where it has one per class), over the rows of all
+        workers: ``loss`` and the model's metrics, the same with ``val_`` where there are validation rows.
     rows : int
         Rows trained on.
     validationRows : int
@@ -24,10 +24,11 @@ class TrainingSummary:
     rowsPerSecond : float
         Training rows per second, all workers together, without start-up and validation.
     seconds : dict of str to float
-        Where the time of the fit went, by phase.
+        Where the time of the fit went: ``materialize`` (rows to Parquet), ``start`` (the workers' processes), ``import``
+        (of the framework), ``train``, ``publish`` (the model), and ``total``.
     """
 
-    history: dict[str, list[float]]
+    history: dict[str, list[Any]]
     rows: int
     validationRows: int
     numWorkers: int

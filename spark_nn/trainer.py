@@ -62,7 +62,7 @@ class Trained:
     file: str
     sha256: str
     output: dict[str, Any]
-    history: dict[str, list[float]]
+    history: dict[str, list[Any]]
     rowsPerSecond: float
     seconds: dict[str, float] = field(default_factory=dict)
 

@@ -118,6 +118,11 @@ def test_decode_arrays():
         ),
         (pa.array([1, None], pa.int64()), Tensor("label", ("y",), "scalar", "int64"), {("y", "null"): 1}),
         (pa.array([1, np.nan], pa.float32()), Tensor("label", ("y",), "scalar", "float32"), {("y", "nan"): 1}),
+        (
+            lists([[1, np.inf], [-np.inf, 3], [1, 2]]),
+            Tensor("features", ("x",), "array", "float32"),
+            {("x", "infinite"): 2},
+        ),
         (pa.array([1, -2], pa.float32()), Tensor("weight", ("w",), "scalar", "float32"), {("w", "negative"): 1}),
     ],
 )

@@ -12,6 +12,7 @@ from pyspark.sql import functions as F
 
 from spark_nn.errors import ClusterError, ColumnError, DatasetError, ParamError, SparkNNError, StoreError
 from spark_nn.scoring import pandas_kind
+from spark_nn.store import RunDir
 from tests import toy
 from tests.toy import ToyEstimator, ToyModel
 
@@ -166,8 +167,8 @@ def test_output_columns_by_name(spark, store):
     model = estimator(store, predictionCol="guess").fit(df)
     assert model.transform(df).columns[-1] == "guess"
     assert model.copy({model.predictionCol: ""}).transform(df).columns == df.columns
-    with pytest.raises(ColumnError, match="predictionCol='label'.*already has this column"):
-        model.copy({model.predictionCol: "label"}).transform(df)
+    with pytest.raises(ColumnError, match="predictionCol='LABEL': there already is such a column"):
+        model.copy({model.predictionCol: "LABEL"}).transform(df)
     with pytest.raises(ColumnError, match="no such column"):
         model.transform(df.drop("b"))
 
@@ -211,7 +212,7 @@ def test_errors_that_only_the_rows_can_show_are_raised_before_training(spark, st
         with pytest.raises(ColumnError, match=message):
             estimator(store, **params).fit(frame)
     arrays = df.withColumn("f", F.expr("if(id = 3, array(a), array(a, b))"))
-    with pytest.raises(ColumnError, match="column 'f' is of another length than the first in 1 row"):
+    with pytest.raises(ColumnError, match="column 'f' is not of the length expected"):
         ToyEstimator(featuresCol="f", storeUrl=store, verbose=0).fit(arrays)
     by_partition = df.withColumn("f", F.expr("if(id < 500, array(a), array(a, b))"))
     with pytest.raises(ColumnError, match="column 'f' has rows of differing length, among them 1, 2"):
@@ -223,6 +224,12 @@ def test_errors_that_only_the_rows_can_show_are_raised_before_training(spark, st
         estimator(store, validationFraction=1e-9).fit(df)
     # One job each, none of them a training.
     assert jobs(spark) - before <= 3 * (len(cases) + 5)
+
+
+def test_a_store_that_executors_do_not_share_is_named(spark, store, monkeypatch):
+    monkeypatch.setattr(RunDir, "mkdir", lambda self, name: None)  # made on the driver's machine, as it were
+    with pytest.raises(StoreError, match="an executor does not find the directory .*Set storeUrl to storage"):
+        estimator(store).fit(data(spark))
 
 
 def test_an_empty_model_says_what_to_do():

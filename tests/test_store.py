@@ -29,6 +29,12 @@ def test_the_param_comes_before_the_conf_and_the_conf_before_the_default(tmp_pat
     assert stat.S_IMODE(own.stat().st_mode) == 0o700
 
 
+@pytest.mark.parametrize("url", ["file:/tmp/x", "hdfs:/a/b", "s3a:bucket"])
+def test_a_url_without_slashes_is_not_taken_for_a_path(url):
+    with pytest.raises(StoreError, match="write it as scheme://"):
+        store_url(session(), url)
+
+
 def test_a_cluster_needs_a_store_that_all_hosts_share():
     with pytest.raises(StoreError, match="no store: on master 'yarn'.*Set the param storeUrl or the Spark conf"):
         store_url(session(spark_master="yarn"), None)

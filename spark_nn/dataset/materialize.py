@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from spark_nn.columns import Problem, Tensor, expression, report
 from spark_nn.dataset.manifest import MANIFEST, Group, Manifest, Split
 from spark_nn.dataset.writer import PartitionWriter, group_rows, stored
-from spark_nn.errors import ColumnError, DatasetError
+from spark_nn.errors import ColumnError, DatasetError, StoreError
 from spark_nn.store import RunDir
 
 if TYPE_CHECKING:
@@ -61,11 +61,19 @@ def materialize(
         Rows hold what cannot be used: null, NaN, arrays of differing length.
     DatasetError
         There are too few rows.
+    StoreError
+        The executors do not share the store with the driver.
     """
     run.mkdir("data")
     writer = PartitionWriter(run, tuple(tensors), validationFraction, seed, shuffle)
     rows = dataset.select(*(expression(tensor) for tensor in tensors)).mapInArrow(writer, "report string").collect()
     reports = [json.loads(row["report"]) for row in rows]
+    for task in reports:
+        if "unshared" in task:
+            raise StoreError(
+                f"an executor does not find the directory that the driver made in the store ({task['unshared']}): the "
+                "store is not the same directory there. Set storeUrl to storage that all hosts share"
+            )
     _check_rows(reports)
     known = _with_widths(stored(tensors), reports)
     manifest = Manifest(

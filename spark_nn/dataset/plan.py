@@ -89,12 +89,6 @@ def share(rows: int, rank: int, world: int, *, equal: bool) -> tuple[int, int]:
     return start, stop
 
 
-def steps(rows: int, world: int, batch: int) -> int:
-    """Training steps of an epoch, the same on every rank; `batch` is the rank's own number of rows."""
-    start, stop = share(rows, 0, world, equal=True)
-    return -(-(stop - start) // batch)
-
-
 def epoch(
     groups: Sequence[int],
     *,
@@ -139,6 +133,7 @@ def epoch(
 
     windows: list[Window] = []
     slices: list[Slice] = []
+    held = 0
     first = int(np.searchsorted(ends, start, side="right"))
     for group, length, end in zip(line[first:], lengths[first:], ends[first:], strict=True):
         begin = int(end - length)
@@ -147,9 +142,10 @@ def epoch(
         part = Slice(int(group), max(start - begin, 0), min(stop - begin, int(length)))
         if part.rows:
             slices.append(part)
-        if sum(part.rows for part in slices) >= window_rows:
+            held += part.rows
+        if held >= window_rows:
             windows.append(_window(slices, seed, number, rank, len(windows), shuffle))
-            slices = []
+            slices, held = [], 0
     if slices:
         windows.append(_window(slices, seed, number, rank, len(windows), shuffle))
     return windows

@@ -9,6 +9,7 @@ those that a successful attempt reported.
 from __future__ import annotations
 
 import json
+import socket
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ Block = dict[str, np.ndarray]
 def group_rows(tensors: list[Tensor]) -> int:
     """Rows of a full row group: about :data:`GROUP_BYTES` of them."""
     row_bytes = sum(np.dtype(t.dtype).itemsize * int(np.prod(t.shape)) for t in tensors)
-    return int(np.clip(GROUP_BYTES // max(row_bytes, 1), 64, 65_536))
+    return int(np.clip(GROUP_BYTES // max(row_bytes, 1), 1, 65_536))
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,11 @@ class PartitionWriter:
         """Write the rows and yield one row with the report."""
         context = TaskContext.get()
         partition = context.partitionId() if context else 0
-        report = json.dumps(self.write(partition, batches))
-        yield pa.RecordBatch.from_pydict({"report": [report]})
+        try:
+            report = self.write(partition, batches)
+        except FileNotFoundError as error:
+            report = {"partition": partition, "unshared": f"{socket.gethostname()}: {error}"}
+        yield pa.RecordBatch.from_pydict({"report": [json.dumps(report)]})
 
     def write(self, partition: int, batches: Iterator[pa.RecordBatch]) -> dict[str, Any]:
         """Write a partition and describe what was written."""

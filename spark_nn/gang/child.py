@@ -17,12 +17,11 @@ import cloudpickle
 
 from spark_nn.errors import PeerLost
 from spark_nn.gang.collective import Alone, Collective, Ring
-from spark_nn.gang.context import GangContext
+from spark_nn.gang.context import RESULT, GangContext
 from spark_nn.gang.failure import Failure
 from spark_nn.gang.progress import Reporter
 from spark_nn.store import RunDir
 
-RESULT = "result.json"
 _PR_SET_PDEATHSIG = 1
 
 

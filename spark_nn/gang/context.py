@@ -8,6 +8,9 @@ from spark_nn.gang.collective import Collective
 from spark_nn.gang.progress import Reporter
 from spark_nn.store import RunDir
 
+# Where rank 0 leaves what the function returned.
+RESULT = "result.json"
+
 
 @dataclass(frozen=True)
 class GangContext:

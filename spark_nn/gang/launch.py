@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 
 from spark_nn.errors import ClusterError, TrainingError
-from spark_nn.gang.child import RESULT
-from spark_nn.gang.context import GangContext
+from spark_nn.gang.context import RESULT, GangContext
 from spark_nn.gang.failure import FOLDER, Failure, first_failure
 from spark_nn.gang.progress import shown
 from spark_nn.gang.worker import GangTask

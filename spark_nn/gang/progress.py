@@ -7,6 +7,7 @@ for the store. The driver reads that file twice a second.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from spark_nn.store import RunDir
 
 PROGRESS = "progress.json"
 _INTERVAL = 0.5
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,7 +46,7 @@ class State:
     epochs: int = 0
     step: int = 0
     steps: int = 0
-    history: dict[str, list[float]] = field(default_factory=dict)
+    history: dict[str, list[Any]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     rows: int = 0
 
@@ -147,9 +149,11 @@ class _Display:
         )
 
     def show(self, run: RunDir) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        try:
             if (value := run.readJson(PROGRESS)) is not None:
                 self.draw(State(**value))
+        except Exception:  # noqa: BLE001  (every store has errors of its own, and none may end a fit)
+            _LOG.debug("progress could not be read", exc_info=True)
 
     def draw(self, state: State) -> None:
         while self.lines < len(state.seconds):
@@ -165,6 +169,10 @@ class _Display:
 
 
 def _line(state: State, epoch: int) -> str:
-    values = "  ".join(f"{name} {series[epoch]:.4f}" for name, series in state.history.items() if epoch < len(series))
+    values = "  ".join(
+        f"{name} {series[epoch]:.4f}"
+        for name, series in state.history.items()
+        if epoch < len(series) and not isinstance(series[epoch], list)
+    )
     speed = state.rows / state.seconds[epoch] if state.seconds[epoch] else 0.0
     return f"epoch {epoch + 1}/{state.epochs}  {values}  {speed:,.0f} rows/s"

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 import pyarrow as pa
@@ -31,7 +31,7 @@ from spark_nn.gang.failure import Failure
 from spark_nn.store import RunDir
 
 # What must be alike on all ranks for them to train one model.
-_PACKAGES = ("spark-nn", "numpy", "pyarrow", "petastorm", "keras", "tensorflow", "torch", "jax")
+_PACKAGES = ("spark-nn", "numpy", "pyarrow", "petastorm", "keras", "tensorflow", "tensorflow-cpu", "torch", "jax")
 # How much of a child's output goes into an error.
 _LOG_TAIL = 4_000
 # A survivor waits this long with its complaint, so that Spark hears of the cause first.
@@ -60,7 +60,7 @@ class GangTask:
     run: RunDir
     function: bytes
     environment: dict[str, str]
-    secret: bytes
+    secret: bytes = field(repr=False)
     timeout: float
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spark_nn.errors import SparkNNError
+from spark_nn.errors import ParamError, SparkNNError
 
 SUFFIX = ".keras"
+_SLICE_BYTES = 16 << 20
 
 
 def is_model(value: Any) -> bool:
@@ -55,6 +57,34 @@ def load_model(path: str, *, compiled: bool = False) -> Any:
     import keras
 
     return keras.saving.load_model(path, compile=compiled, safe_mode=True)
+
+
+def check_loadable(model: Any) -> None:
+    """Refuse a model that could be trained, but not be loaded where it is to score.
+
+    Raises
+    ------
+    ParamError
+        It holds code (a Lambda layer) or classes that only this process knows.
+    """
+    import keras
+
+    # An executor that scores has imported Keras and nothing of the user's.
+    registered = keras.saving.get_custom_objects()
+    kept = dict(registered)
+    with tempfile.TemporaryDirectory(prefix="spark_nn-") as folder:
+        path = str(Path(folder) / f"check{SUFFIX}")
+        model.save(path)
+        registered.clear()
+        try:
+            load_model(path)
+        except Exception as error:
+            raise ParamError(
+                f"the model could be trained, but not be loaded for scoring: {error}\nBuild it from Keras's own "
+                "layers, without Lambda layers and layers of your own"
+            ) from error
+        finally:
+            registered.update(kept)
 
 
 @contextlib.contextmanager
@@ -108,12 +138,15 @@ def load_predictor(path: str, cpus: int) -> Callable[[np.ndarray], np.ndarray]:
         tf.config.threading.set_inter_op_parallelism_threads(cpus)
     model = load_model(path)
 
-    @tf.function(reduce_retracing=True)  # type: ignore[untyped-decorator]
+    # Without autograph, which would leave generated files in the temporary directory: Keras layers need none.
+    @tf.function(reduce_retracing=True, autograph=False)  # type: ignore[untyped-decorator]
     def forward(block: Any) -> Any:
         return model(block, training=False)
 
     def predict(block: np.ndarray) -> np.ndarray:
-        result: np.ndarray = forward(tf.convert_to_tensor(block)).numpy()
-        return result
+        # What a layer puts out may be a hundred times its input: images go through in smaller slices than rows.
+        rows = int(np.clip(_SLICE_BYTES // max(block[:1].nbytes, 1), 32, 4096))
+        slices = [forward(tf.convert_to_tensor(block[i : i + rows])).numpy() for i in range(0, len(block), rows)]
+        return slices[0] if len(slices) == 1 else np.concatenate(slices)
 
     return predict

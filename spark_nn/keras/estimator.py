@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pyspark import keyword_only
 from pyspark.ml.param import Param
@@ -32,12 +33,14 @@ def _model(value: Any) -> Any:
     return value
 
 
-def _settings(name: str, example: str) -> Callable[[Any], Any]:
+def _settings(name: str, example: str, *, several: bool = False) -> Callable[[Any], Any]:
     """Converter for what ``keras.Model.compile`` takes, turned into JSON where Keras can."""
 
     def convert(value: Any) -> Any:
         result = codec.plain(value)
-        for item in result if isinstance(result, list) else [result]:
+        if isinstance(result, list) != several:
+            raise TypeError(f"{name} takes {'a list' if several else 'one'}, such as {example}, not {value!r}")
+        for item in result if several else [result]:
             if isinstance(item, type) or not (isinstance(item, (str, dict)) or callable(item)):
                 raise TypeError(f"{name} takes what keras.Model.compile takes, such as {example}, not {item!r}")
         return result
@@ -106,8 +109,9 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         Seed of the initial weights, the order of rows, the split and dropout. The same seed, data and
         `numWorkers` give the same weights to the last bit, on CPU.
     callbacks : list of keras.callbacks.Callback or callable, optional
-        They run on every worker, so that decisions such as early stopping are taken alike; those that only
-        write files or send messages run on the first alone. Or a function that returns them.
+        They run on every worker, so that decisions such as early stopping are taken alike; Keras's
+        ``ModelCheckpoint``, ``CSVLogger``, ``TensorBoard`` and ``RemoteMonitor`` run on the first alone. Or a
+        function that returns them. ``BackupAndRestore`` is refused, and ``TerminateOnNaN`` with several workers.
     storeUrl : str, optional
         Directory that driver and executors share, as a path or fsspec URL.
     verbose : {0, 1, 2}, default 1
@@ -133,6 +137,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
     """
 
     __module__ = "spark_nn"  # what is saved names the public package, so that rooms may move
+    functionParams: ClassVar[frozenset[str]] = frozenset({"model", "loss", "metrics", "callbacks"})
     _input_kwargs: dict[str, Any]
 
     model: Param[Any] = param(
@@ -161,12 +166,12 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
     metrics: Param[Any] = param(
         "metrics",
         "List of metrics, by name, as keras.metrics.Metric or as functions. Default: those of the compiled model.",
-        _settings("metrics", "['auc'] or [keras.metrics.AUC()]"),
+        _settings("metrics", "['auc'] or [keras.metrics.AUC()]", several=True),
     )
     callbacks: Param[Any] = param(
         "callbacks",
-        "List of keras.callbacks.Callback, or a function that returns one. They run on every worker; those "
-        "that only write files run on the first alone.",
+        "List of keras.callbacks.Callback, or a function that returns one. They run on every worker; "
+        "ModelCheckpoint, CSVLogger, TensorBoard and RemoteMonitor on the first alone.",
         _callbacks,
     )
 
@@ -287,6 +292,14 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
             raise ParamError("model is not set: give a keras.Model, or a function that returns one")
         model = self.getModel()
         if not codec.is_model(model):
+            try:
+                inspect.signature(model).bind(**self.getModelParams())
+            except TypeError as error:
+                raise ParamError(
+                    f"modelParams={self.getModelParams()!r} are not arguments of the function given as model: {error}"
+                ) from None
+            except ValueError:
+                pass  # some callables tell no signature
             return
         if self.getModelParams():
             raise ParamError(
@@ -298,10 +311,12 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
                 "loss is not set and the model is not compiled: set loss, such as 'mse' or "
                 "'binary_crossentropy', or compile the model"
             )
-        if model.built and (len(model.inputs or [0]) != 1 or len(model.outputs or [0]) != 1):
+        # A subclassed model does not know its inputs before it is called.
+        inputs, outputs = (getattr(model, name, None) or [None] for name in ("inputs", "outputs"))
+        if len(inputs) != 1 or len(outputs) != 1:
             raise ParamError(
-                f"model has {len(model.inputs)} inputs and {len(model.outputs)} outputs; a KerasEstimator "
-                "trains models with one of each"
+                f"model has {len(inputs)} inputs and {len(outputs)} outputs; a KerasEstimator trains models with one "
+                "of each"
             )
 
     def _trainer(self, schedule: Schedule, run: RunDir) -> KerasTrainer:
@@ -355,8 +370,15 @@ class KerasModel(NeuralModel):
 
     @property
     def model(self) -> Any:
-        """The native ``keras.Model``, loaded anew at each access."""
-        return codec.load_model(str(self.fitted.file.path), compiled=True)
+        """The native ``keras.Model``, loaded anew at each access.
+
+        It is compiled as it was trained, but where the loss or a metric is a function, which its file does not hold.
+        """
+        path = str(self.fitted.file.path)
+        try:
+            return codec.load_model(path, compiled=True)
+        except (TypeError, ValueError):
+            return codec.load_model(path)
 
     def _loader(self) -> Loader:
         return codec.load_predictor

@@ -82,7 +82,7 @@ class Synchroniser:
         """SHA-256 over the model's weights."""
         return _digest(self.model.weights)
 
-    def sum_metrics(self) -> dict[str, float]:
+    def sum_metrics(self) -> dict[str, Any]:
         """The value of each metric over the rows of all ranks. The metrics' own state becomes global."""
         variables = self.model.metrics_variables
         arrays = [_array(variable) for variable in variables]
@@ -93,7 +93,7 @@ class Synchroniser:
             variables, arrays, np.split(total, np.cumsum([a.size for a in arrays])[:-1]), strict=True
         ):
             variable.assign(part.reshape(array.shape).astype(array.dtype))
-        return {name: float(value) for name, value in self.model.get_metrics_result().items()}
+        return {name: _plain(value) for name, value in self.model.get_metrics_result().items()}
 
     def average_logs(self, logs: dict[str, float]) -> dict[str, float]:
         """The mean over the ranks of values that no metric stands behind."""
@@ -123,8 +123,10 @@ class Synchroniser:
                 # Made dense, Adam would decay the moments of rows that no rank has seen.
                 result[i] = self._gather(grad)
         if dense:
-            flat = tf.concat([tf.cast(tf.reshape(grads[i], [-1]), tf.float32) for i in dense], axis=0)
-            mean = tf.numpy_function(self._mean, [flat], tf.float32)
+            # Halves add up in single precision; doubles stay doubles.
+            dtype = tf.float64 if any(grads[i].dtype == tf.float64 for i in dense) else tf.float32
+            flat = tf.concat([tf.cast(tf.reshape(grads[i], [-1]), dtype) for i in dense], axis=0)
+            mean = tf.numpy_function(self._mean, [flat], dtype)
             mean.set_shape(flat.shape)
             for i, part in zip(dense, tf.split(mean, [tf.size(grads[i]) for i in dense]), strict=True):
                 result[i] = tf.cast(tf.reshape(part, tf.shape(grads[i])), grads[i].dtype)
@@ -158,8 +160,8 @@ class _Global(keras.callbacks.Callback):  # type: ignore[misc]
     def __init__(self, sync: Synchroniser) -> None:
         super().__init__()
         self.sync = sync
-        self.train: dict[str, float] | None = None
-        self.validation: dict[str, float] = {}
+        self.train: dict[str, Any] | None = None
+        self.validation: dict[str, Any] = {}
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.sync.collective.mark(epoch, 0)  # ranks that meet in different epochs are told so
@@ -175,7 +177,7 @@ class _Global(keras.callbacks.Callback):  # type: ignore[misc]
         values = results if set(logs) == set(results) else self.sync.average_logs(logs)
         self.validation = {f"val_{name}": value for name, value in values.items()}
 
-    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logs = {} if logs is None else logs
         if self.train is None:
             self.sync.settle_statistics()
@@ -190,6 +192,12 @@ class _Global(keras.callbacks.Callback):  # type: ignore[misc]
 def _array(variable: Any) -> np.ndarray:
     """A variable's value as an array of its own."""
     return np.array(keras.ops.convert_to_numpy(variable.value))
+
+
+def _plain(value: Any) -> Any:
+    """A metric's value as JSON can hold it; some have a value per class."""
+    array = np.asarray(keras.ops.convert_to_numpy(value), np.float64)
+    return float(array.item()) if array.size == 1 else array.tolist()
 
 
 def _digest(variables: Sequence[Any]) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, ClassVar
 
@@ -90,7 +91,11 @@ class KerasTrainer(Trainer):
         imported = time.monotonic()
         keras.utils.set_random_seed(self.schedule.seed % 2**32)
         model = self._build(gang, manifest)
-        self._compile(model)
+        self._compile(model, gang.world)
+        output = describe_output(model, manifest)
+        if gang.rank == 0:
+            codec.check_loadable(model)
+        callbacks = self._callbacks(gang, validation is not None)
         sync = Synchroniser(model, gang.collective, gang.rank)
         sync.start_alike()
 
@@ -102,7 +107,7 @@ class KerasTrainer(Trainer):
                 epochs=self.schedule.epochs,
                 verbose=0,
                 validation_data=None if validation is None else _Feed(validation, None).dataset(),
-                callbacks=[sync.callback(), feed.callback(), *self._callbacks(gang.rank), reporter],
+                callbacks=[sync.callback(), feed.callback(), *callbacks, reporter],
             )
         check_digests(gang, sync.digest())
         trained = time.monotonic()
@@ -110,7 +115,7 @@ class KerasTrainer(Trainer):
         return Trained(
             file=file,
             sha256=sha256,
-            output=describe_output(model, manifest),
+            output=output,
             history=gang.progress.state.history,
             rowsPerSecond=gang.progress.state.rowsPerSecond,
             seconds={
@@ -129,14 +134,13 @@ class KerasTrainer(Trainer):
         else:
             # Keras reads a model from a local path only.
             with NamedTemporaryFile(suffix=codec.SUFFIX) as local:
-                local.write(gang.run.read(INITIAL_MODEL) or b"")
-                local.flush()
+                gang.run.get(INITIAL_MODEL, Path(local.name))
                 model = codec.load_model(local.name, compiled=True)
         if not model.built:
             model(_example(manifest))
         return model
 
-    def _compile(self, model: Any) -> None:
+    def _compile(self, model: Any, world: int) -> None:
         """Compile with the params that were given; the model's own settings hold for the others."""
         recipe = self.recipe
         own = dict(model._compile_config.config) if model.compiled else {}
@@ -160,20 +164,37 @@ class KerasTrainer(Trainer):
                 settings["optimizer"] = model.optimizer
             settings.setdefault("optimizer", "rmsprop")  # Keras's own default
             model.compile(**settings)
-        model.jit_compile = False  # XLA cannot compile a step that talks to other processes
+        if world > 1:
+            model.jit_compile = False  # XLA cannot compile a step that talks to other processes
+            _check_reduction(model.loss)
         if recipe.learningRate is not None:
             model.optimizer.learning_rate = recipe.learningRate
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
 
-    def _callbacks(self, rank: int) -> list[Any]:
-        """The user's callbacks; those that only write files or send messages run on rank 0 alone."""
+    def _callbacks(self, gang: GangContext, validated: bool) -> list[Any]:
+        """The user's callbacks; Keras's own that write files or send messages run on rank 0 alone."""
         import keras.callbacks as kinds
 
         given = self.recipe.callbacks or []
         callbacks = list(given() if callable(given) else given)
+        for callback in callbacks:
+            # Both act on what one rank alone sees, and the others would wait for it.
+            if isinstance(callback, kinds.BackupAndRestore) or (
+                gang.world > 1 and isinstance(callback, kinds.TerminateOnNaN)
+            ):
+                raise ParamError(
+                    f"callbacks holds a {type(callback).__name__}, which would act on some workers and not on others: "
+                    "leave it out"
+                )
+            monitor = getattr(callback, "monitor", None)
+            if not validated and isinstance(monitor, str) and monitor.startswith("val_"):
+                raise ParamError(
+                    f"callbacks holds a {type(callback).__name__} that monitors {monitor!r}, but no rows are held back "
+                    "for validation: set validationFraction or validationIndicatorCol, or monitor another metric"
+                )
         outward = (kinds.ModelCheckpoint, kinds.CSVLogger, kinds.TensorBoard, kinds.RemoteMonitor)
-        return [callback for callback in callbacks if rank == 0 or not isinstance(callback, outward)]
+        return [callback for callback in callbacks if gang.rank == 0 or not isinstance(callback, outward)]
 
 
 class _Feed:
@@ -253,10 +274,22 @@ def _reporter(gang: GangContext, data: Stream, epochs: int) -> Any:
             spent = time.monotonic() - self.began if self.spent is None else self.spent
             history = {name: list(values) for name, values in progress.state.history.items()}
             for name, value in (logs or {}).items():
-                history.setdefault(name, []).append(float(value))
+                history.setdefault(name, []).append(value)
             progress.update(history=history, seconds=[*progress.state.seconds, spent])
 
     return Report()
+
+
+def _check_reduction(loss: Any) -> None:
+    """Refuse losses that do not average over rows: the mean over ranks would not be that of the global batch."""
+    losses = loss.values() if isinstance(loss, dict) else loss if isinstance(loss, (list, tuple)) else [loss]
+    for each in losses:
+        reduction = getattr(each, "reduction", "sum_over_batch_size")
+        if reduction not in ("sum_over_batch_size", "mean", "auto"):
+            raise ParamError(
+                f"loss {type(each).__name__} has reduction={reduction!r}, which several workers cannot share: use "
+                "'sum_over_batch_size' (Keras's default), or numWorkers=1"
+            )
 
 
 def describe_output(model: Any, manifest: Manifest) -> dict[str, Any]:
@@ -267,7 +300,10 @@ def describe_output(model: Any, manifest: Manifest) -> dict[str, Any]:
     if not hasattr(output, "shape"):
         raise ParamError(f"the model has {len(output)} outputs; a KerasEstimator trains models with one")
     shape = tuple(int(size) for size in output.shape[1:])
-    loss = keras.losses.get(model.loss)
+    given = model.loss
+    while isinstance(given, (list, tuple, dict)) and "class_name" not in given:
+        (given,) = given.values() if isinstance(given, dict) else given  # one output: one loss
+    loss = keras.losses.get(given)
     name = getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
     logits = bool(getattr(loss, "from_logits", False))
     size = int(np.prod(shape))

@@ -87,11 +87,3 @@ def test_shuffling_moves_rows_between_ranks_and_far_within_one():
     assert 0.3 < len(set(first) & set(later)) / len(first) < 0.7  # about half, by chance
     neighbours = np.abs(np.diff(first)) == 1
     assert neighbours.mean() < 0.02
-
-
-@given(st.integers(1, 100_000), st.integers(1, 16), st.integers(1, 4096))
-def test_steps_are_those_of_the_longest_share(total, world, batch):
-    if total < world:
-        return
-    start, stop = plan.share(total, 0, world, equal=True)
-    assert plan.steps(total, world, batch) == -(-(stop - start) // batch)

@@ -26,17 +26,54 @@ def embedding(optimizer="adam"):
     return model
 
 
+def with_lambda():
+    import keras
+
+    return keras.Sequential([keras.layers.Lambda(lambda x: x * 2), keras.layers.Dense(1)])
+
+
+def with_own_layer():
+    import keras
+
+    @keras.saving.register_keras_serializable("tests")
+    class Twice(keras.layers.Layer):
+        def call(self, x):
+            return x * 2
+
+    return keras.Sequential([Twice(), keras.layers.Dense(1)])
+
+
+def two_outputs():
+    import keras
+
+    x = keras.Input((3,))
+    return keras.Model(x, [keras.layers.Dense(1)(x), keras.layers.Dense(1)(x)])
+
+
+def summed_loss():
+    import keras
+
+    return keras.losses.MeanSquaredError(reduction="sum")
+
+
+def terminates_on_nan():
+    import keras
+
+    return [keras.callbacks.TerminateOnNaN()]
+
+
+def stops_early():
+    import keras
+
+    return [keras.callbacks.EarlyStopping(monitor="val_loss")]
+
+
 def raises():
     raise ValueError("no model today")
 
 
 def not_a_model():
     return 3
-
-
-def changes_its_weights_at_random():
-    """A model that a callback will make different on every rank."""
-    return mlp()
 
 
 def drifting():

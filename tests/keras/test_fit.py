@@ -172,6 +172,47 @@ def test_a_function_that_returns_no_model_is_named(spark, store):
         estimator(store, model=models.not_a_model).fit(data(spark))
 
 
+def test_metrics_with_a_value_per_class_are_kept(spark, store):
+    import keras
+
+    df = data(spark).withColumn("label", F.expr("array(cast(a > 0.5 as float), cast(b > 0.5 as float))"))
+    metrics = [keras.metrics.F1Score(threshold=0.5, name="f1")]
+    model = estimator(store, modelParams={"outputs": 2}, metrics=metrics, numWorkers=2).fit(df)
+    last = model.summary.history["f1"][-1]
+    assert len(last) == 2
+    assert all(0 <= value <= 1 for value in last)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": models.with_lambda}, "not be loaded for scoring: .*\n?.*without Lambda layers"),
+        ({"model": models.with_own_layer}, "not be loaded for scoring"),
+        ({"model": models.two_outputs, "loss": "mse"}, "the model has 2 outputs"),
+        ({"loss": models.summed_loss}, "reduction='sum', which several workers cannot share"),
+        ({"callbacks": models.terminates_on_nan}, "callbacks holds a TerminateOnNaN"),
+        ({"callbacks": models.stops_early}, "monitors 'val_loss', but no rows are held back.*set validationFraction"),
+    ],
+)
+def test_what_could_not_be_honoured_is_refused_before_training(spark, store, settings, message):
+    given = {name: value() if value is models.summed_loss else value for name, value in settings.items()}
+    with pytest.raises(TrainingError, match=f"ParamError: .*{message}") as caught:
+        estimator(store, numWorkers=2, **given).fit(data(spark))
+    assert "model.fit" not in caught.value.workerTraceback
+
+
+def test_a_subclassed_model_instance_can_be_fitted_where_it_can_be_saved(spark, store):
+    import keras
+
+    class Sub(keras.Model):
+        def call(self, x):
+            return x
+
+    native = Sub()
+    native(np.zeros((1, 3)))
+    KerasEstimator(model=native, loss="mse")._check()
+
+
 def test_early_stopping_stops_all_ranks_alike(spark, store):
     import keras
 
@@ -302,6 +343,8 @@ def test_models_that_cannot_be_trained_are_refused_on_the_driver(spark, store):
         KerasEstimator(model=native).fit(data(spark))
     with pytest.raises(ParamError, match="modelParams=.* are arguments of a function, but model is a Sequential"):
         KerasEstimator(model=native, loss="mse", modelParams={"units": 1}).fit(data(spark))
+    with pytest.raises(ParamError, match="modelParams=.*'unit'.* are not arguments of the function .*'unit'"):
+        KerasEstimator(model=models.mlp, loss="mse", modelParams={"unit": 1}).fit(data(spark))
     first, second = keras.Input((1,)), keras.Input((1,))
     two = keras.Model([first, second], keras.layers.Dense(1)(keras.layers.Concatenate()([first, second])))
     with pytest.raises(ParamError, match="model has 2 inputs and 1 outputs"):
