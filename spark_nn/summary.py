@@ -24,8 +24,8 @@ class TrainingSummary:
     rowsPerSecond : float
         Training rows per second, all workers together, without start-up and validation.
     seconds : dict of str to float
-        Where the time of the fit went: ``materialize`` (rows to Parquet), ``start`` (the workers' processes), ``import``
-        (of the framework), ``train``, ``publish`` (the model), and ``total``.
+        Where the time of the fit went: ``materialize`` (rows to Parquet), ``start`` (the workers' processes),
+        ``import`` (of the framework), ``train``, ``publish`` (the model), and ``total``.
     """
 
     history: dict[str, list[Any]]
