@@ -18,6 +18,7 @@ from pyspark.ml.util import MLReadable, MLReader, MLWritable, MLWriter
 
 from spark_nn import columns
 from spark_nn.columns import Tensor
+from spark_nn.dataset.manifest import Manifest
 from spark_nn.dataset.materialize import materialize
 from spark_nn.errors import ModelFileError, SparkNNError
 from spark_nn.gang.launch import Gang
@@ -90,7 +91,7 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
         gang.check()
         schedule = self._schedule()
         url = self.getStoreUrl() if self.isDefined("storeUrl") else None
-        began = time.monotonic()
+        clock = [time.monotonic()]
         with RunDir.open(store_url(dataset.sparkSession, url)) as run:
             trainer = self._trainer(schedule, run)
             manifest = materialize(
@@ -102,29 +103,16 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
                 shuffle=schedule.shuffle,
                 workers=gang.world,
             )
-            written = time.monotonic()
+            clock.append(time.monotonic())
             answer = gang.run(trainer, run, environment=trainer.environment, verbose=self.getVerbose())
+            clock.append(time.monotonic())
             trained = Trained(**answer)
-            gang_seconds = time.monotonic() - written
             file = ModelFile.fetch(run, trained.file, trained.sha256)
-        summary = TrainingSummary(
-            history=trained.history,
-            rows=manifest.rows("train"),
-            validationRows=manifest.rows("validation"),
-            numWorkers=gang.world,
-            rowsPerSecond=trained.rowsPerSecond,
-            seconds={
-                "materialize": written - began,
-                "start": max(0.0, gang_seconds - sum(trained.seconds.values())),
-                **trained.seconds,
-                "total": time.monotonic() - began,
-            },
-        )
-        fitted = Fitted(file, manifest.tensors[0], Output.fromDict(trained.output), summary)
         model = self._newModel()
         # CrossValidator sets grid values on the model by the estimator's params: they must share the uid.
         model._resetUid(self.uid)
-        model._fitted = fitted
+        summary = self._summary(trained, manifest, clock)
+        model._fitted = Fitted(file, manifest.tensors[0], Output.fromDict(trained.output), summary)
         return self._copyValues(model)
 
     def _tensors(self, schema: StructType) -> list[Tensor]:
@@ -138,6 +126,23 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
         if self.isDefined("validationIndicatorCol") and self.getValidationIndicatorCol():
             tensors.append(columns.validation(schema, self.getValidationIndicatorCol()))
         return tensors
+
+    def _summary(self, trained: Trained, manifest: Manifest, clock: list[float]) -> TrainingSummary:
+        """What the fit was like; `clock` holds when it began, when the rows were written and when training ended."""
+        began, written, ended = clock
+        return TrainingSummary(
+            history=trained.history,
+            rows=manifest.rows("train"),
+            validationRows=manifest.rows("validation"),
+            numWorkers=self.getNumWorkers(),
+            rowsPerSecond=trained.rowsPerSecond,
+            seconds={
+                "materialize": written - began,
+                "start": max(0.0, ended - written - sum(trained.seconds.values())),
+                **trained.seconds,
+                "total": time.monotonic() - began,
+            },
+        )
 
     def _schedule(self) -> Schedule:
         return Schedule(
