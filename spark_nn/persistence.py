@@ -13,7 +13,6 @@ fitted model names none.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import shutil
@@ -34,7 +33,7 @@ from pyspark.ml.util import (
 
 import spark_nn
 from spark_nn.errors import ModelFileError, ParamError
-from spark_nn.store import RunDir
+from spark_nn.store import RunDir, digest
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -84,12 +83,6 @@ class ModelFile:
         named = self.path.with_name(f"spark_nn-{found}{self.path.suffix}")
         self.path = self.path.rename(named)
         return self
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class StageWriter(MLWriter):

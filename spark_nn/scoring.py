@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import functools
-import hashlib
 import os
 import shutil
 import tempfile
@@ -30,6 +29,7 @@ from pyspark.sql import functions as F
 from spark_nn.columns import Problem, Tensor, decode, expression, report
 from spark_nn.errors import ColumnError, ModelFileError
 from spark_nn.outputs import Output
+from spark_nn.store import digest
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -189,8 +189,7 @@ def pandas_kind(scorer: Scorer, sql: str) -> Any:
 @functools.lru_cache(maxsize=_KEPT_MODELS)
 def _loaded(load: Loader, path: str, sha256: str, cpus: int) -> Predict:
     """The predicting function of a model file, loaded once per Python worker."""
-    with Path(path).open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = digest(Path(path))
     if found != sha256:
         raise ModelFileError(f"the model file {Path(path).name} arrived changed: its SHA-256 is {found}, not {sha256}")
     return load(path, cpus)

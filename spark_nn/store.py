@@ -7,6 +7,7 @@ removes it when the fit ends, however it ends. Files appear in it whole or not a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -66,6 +67,12 @@ def _own_folder() -> Path:
     if folder.stat().st_uid != os.getuid():
         raise StoreError(f"{folder} belongs to another user: set storeUrl to a directory of your own")
     return folder
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a local file, as hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class RunDir:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from spark_nn.dataset.manifest import MANIFEST, Manifest, Split
 from spark_nn.dataset.stream import Stream
 from spark_nn.errors import SparkNNError
 from spark_nn.gang.context import GangContext
+from spark_nn.store import digest
 
 MODEL_FOLDER = "model"
 
@@ -160,8 +160,7 @@ def publish(gang: GangContext, write: Any, suffix: str) -> tuple[str, str]:
     with TemporaryDirectory(prefix="spark_nn-") as folder:
         path = Path(folder) / f"model{suffix}"
         write(path)
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = digest(path)
         gang.run.mkdir(MODEL_FOLDER)
         name = f"{MODEL_FOLDER}/model{suffix}"
         gang.run.put(path, name)

@@ -193,16 +193,20 @@ def _unpack(column: pa.ChunkedArray, tensor: Tensor) -> np.ndarray:
     return flat.reshape((-1, *tensor.shape))
 
 
+def _rows(block: Block) -> int:
+    return len(next(iter(block.values())))
+
+
 def _batches(blocks: Iterator[Block], size: int) -> Iterator[Block]:
     """Cut blocks into batches of exactly `size` rows; only the last may have fewer."""
     rest: Block | None = None
     for block in blocks:
-        rows = len(next(iter(block.values())))
+        rows = _rows(block)
         start = 0
         if rest is not None:
-            start = min(size - len(next(iter(rest.values()))), rows)
+            start = min(size - _rows(rest), rows)
             rest = {name: np.concatenate([rest[name], values[:start]]) for name, values in block.items()}
-            if len(next(iter(rest.values()))) < size:
+            if _rows(rest) < size:
                 continue
             yield rest
             rest = None

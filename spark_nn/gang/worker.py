@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 import pyarrow as pa
@@ -125,7 +125,7 @@ class GangTask:
             failure = Failure.load(self.run, rank)
             if failure is None:
                 failure = Failure(rank, host, "died", _death(status), when=time.time())
-            failure = Failure(**{**failure.__dict__, "log": _tail(log)})
+            failure = replace(failure, log=_tail(log))
             failure.save(self.run)
         if failure.kind == "peer":
             time.sleep(_SURVIVOR_DELAY)

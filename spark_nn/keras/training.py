@@ -99,14 +99,14 @@ class KerasTrainer(Trainer):
         sync = Synchroniser(model, gang.collective, gang.rank)
         sync.start_alike()
 
-        feed = _Feed(data, self.schedule.epochs)
+        feed = _Feed(data)
         reporter = _reporter(gang, data, self.schedule.epochs)
         with sync.averaged_gradients():
             model.fit(
                 feed.dataset(),
                 epochs=self.schedule.epochs,
                 verbose=0,
-                validation_data=None if validation is None else _Feed(validation, None).dataset(),
+                validation_data=None if validation is None else _Feed(validation).dataset(),
                 callbacks=[sync.callback(), feed.callback(), *callbacks, reporter],
             )
         check_digests(gang, sync.digest())
@@ -198,19 +198,18 @@ class KerasTrainer(Trainer):
 
 
 class _Feed:
-    """A stream as a ``tf.data.Dataset``; the epoch to read is the one that Keras is in.
+    """A stream as a ``tf.data.Dataset``.
+
+    With its callback in place it reads the epoch that Keras is in; without, as for validation rows, always the first.
 
     Parameters
     ----------
     stream : Stream
         The batches.
-    epochs : int or None
-        None for validation rows, which come in the same order always.
     """
 
-    def __init__(self, stream: Stream, epochs: int | None) -> None:
+    def __init__(self, stream: Stream) -> None:
         self.stream = stream
-        self.follows = epochs is not None
         self.epoch = 0
 
     def dataset(self) -> Any:
@@ -234,7 +233,7 @@ class _Feed:
         self.epoch = epoch
 
     def _batches(self) -> Iterator[tuple[Any, ...]]:
-        for block in self.stream.epoch(self.epoch if self.follows else 0):
+        for block in self.stream.epoch(self.epoch):
             yield _arrange(block)
 
 
