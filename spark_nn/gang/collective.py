@@ -177,7 +177,7 @@ class Ring(Collective):
         self._lock = threading.RLock()  # reentrant: a signal's handler may abort amid an operation
         self._place = (0, 0)
         self._position = Position()
-        self._heard_before = self._heard_after = self._sign_due = 0.0
+        self._heard_before = self._heard_after = self._sign_due = self._looked = 0.0
         self._left: Position | None = None  # the last operation of the rank after this one, if it has closed
         self._aborted: str | None = None
 
@@ -299,7 +299,7 @@ class Ring(Collective):
                 raise _again(self.error)
             sequence, code = self._position.sequence + 1, _CODES[np.dtype(dtype)]
             self._position = Position(operation, code, argument, sequence, *self._place, nbytes)
-            self._heard_before = self._heard_after = now = time.monotonic()
+            self._heard_before = self._heard_after = self._looked = now = time.monotonic()
             self._sign_due = now + self._timeout / 4
             try:
                 if self._left and self._left.sequence < sequence:
@@ -443,6 +443,12 @@ class Ring(Collective):
             until = min(until, self._heard_before + self._timeout)
         ready = dict(poller.poll(max(0.0, until - time.monotonic()) * 1000))
         now = time.monotonic()
+        # No look is due later than a quarter of the limit after the one before. What is over it, this rank did not
+        # run, and neither, perhaps, did the machine: only time in which it listened counts as a neighbour's silence.
+        absence = max(0.0, now - self._looked - self._timeout / 4)
+        self._heard_before += absence
+        self._heard_after += absence
+        self._looked = now
         if before in ready:
             self._heard_before = now
         if after in ready:

@@ -426,6 +426,29 @@ def test_a_rank_that_waits_is_not_taken_for_the_one_waited_for():
     check_all(results[1:], PeerLost, "rank 0 .*kept silent for 3 s")
 
 
+def test_time_in_which_the_machine_stood_still_is_nobodys_silence(monkeypatch):
+    """Rank 0 comes after a second, in which the clock jumps by more than the limit for all ranks."""
+    jumped = threading.Event()
+
+    class Clock:
+        sleep = staticmethod(time.sleep)
+
+        @staticmethod
+        def monotonic():
+            return time.monotonic() + 60 * jumped.is_set()
+
+    def work(ring):
+        if ring.rank == 0:
+            time.sleep(0.5)
+            jumped.set()
+            time.sleep(0.5)
+        ring.barrier()
+
+    with Gang(4, timeout=3) as gang:
+        monkeypatch.setattr(collective, "time", Clock)
+        assert gang.run(work) == [None] * 4
+
+
 # ---------------------------------------------------------------- real processes that die
 
 
