@@ -24,8 +24,9 @@ INSTALL_REQUIRES = [
     # pyspark needs pandas, and does not support pandas 3 yet.
     "pandas>=2.2,<3",
     "numpy>=2,<3",
-    # Ships a user's model function to the gang, as Spark itself ships functions.
-    "cloudpickle>=3",
+    # Ships a user's model function to the gang, as Spark itself ships functions. 3.1.3 forgets in which file a function
+    # was written, and the tracebacks of workers could no longer show its lines.
+    "cloudpickle>=3,<3.1.3",
     # Run directories on any storage, with one interface.
     "fsspec>=2024.6",
     # The progress bar of a fit.
@@ -48,6 +49,9 @@ EXTRAS = {
         "hypothesis>=6.100",
         # Counts processes and their children in failure tests.
         "psutil>=6",
+        # A store on object storage, and an S3 server to test it with.
+        "s3fs>=2024.6",
+        "moto[server]>=5",
         "ruff>=0.15",
         "mypy>=1.18",
         "pandas-stubs>=2.2",

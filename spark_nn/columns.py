@@ -8,7 +8,7 @@ conversion on the JVM (:func:`expression`). The executors turn the Arrow arrays 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from pyspark.sql import Column
 from pyspark.sql import functions as F
 from pyspark.sql.types import (
     ArrayType,
+    BinaryType,
     BooleanType,
     DataType,
     DateType,
@@ -36,9 +37,20 @@ from pyspark.sql.types import (
 from spark_nn.errors import ColumnError
 
 Form = Literal["vector", "array", "scalars", "scalar"]
+Role = Literal["features", "label", "weight", "validation"]
+# One array, or arrays by the names that the model gives its inputs or outputs.
+Arrays = np.ndarray | dict[str, np.ndarray]
 
 # What Spark calls the dtypes that tensors have.
-_SQL_TYPES = {"float32": "float", "int32": "int", "int64": "bigint", "bool": "boolean"}
+_SQL_TYPES = {
+    "float32": "float",
+    "int32": "int",
+    "int64": "bigint",
+    "bool": "boolean",
+    "string": "string",
+    "binary": "binary",
+}
+_NUMBERS = "a number or boolean"
 
 
 @dataclass(frozen=True)
@@ -48,27 +60,56 @@ class Tensor:
     Parameters
     ----------
     name : str
-        Its role: ``"features"``, ``"label"``, ``"weight"``, ``"validation"``.
+        Its role: ``"features"``, ``"label"``, ``"weight"``, ``"validation"``; of several inputs or outputs each
+        has the model's own name for it after a colon, as in ``"features:image"``.
     columns : tuple of str
         The columns it is made of; more than one only in the form ``"scalars"``.
     form : {"vector", "array", "scalars", "scalar"}
         A Vector column, an array column, several scalar columns side by side, or one scalar column.
-    dtype : {"float32", "int32", "int64", "bool"}
+    dtype : {"float32", "int32", "int64", "bool", "string", "binary"}
         Type of its elements.
-    width : int or None
-        Elements in a row; None for a single scalar, and until rows have been seen.
+    depth : int
+        Number of dimensions of a row: 0 for a single scalar, more than 1 for nested arrays.
+    shape : tuple of int or None
+        Shape of a row; None until rows have been seen.
     """
 
     name: str
     columns: tuple[str, ...]
     form: Form
     dtype: str
-    width: int | None = None
+    depth: int
+    shape: tuple[int, ...] | None
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one row: ``()`` for a scalar, ``(width,)`` otherwise."""
-        return () if self.width is None else (self.width,)
+    def role(self) -> str:
+        """What it is to the model, without the name of an input or output."""
+        return self.name.partition(":")[0]
+
+    @property
+    def key(self) -> str | None:
+        """The model's name for it, None for the only one of its role."""
+        return self.name.partition(":")[2] or None
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows are arrays of numbers, which are kept as one binary value each."""
+        return self.depth > 0 and self.numeric
+
+    @property
+    def numeric(self) -> bool:
+        """Whether elements are numbers of a fixed size."""
+        return self.dtype not in ("string", "binary")
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        """The NumPy type of its elements; strings and bytes are Python objects."""
+        return np.dtype(self.dtype if self.numeric else object)
+
+    @property
+    def size(self) -> int:
+        """Elements in a row, once the shape is known."""
+        return int(np.prod(self.shape or (), dtype=np.int64))
 
     def toDict(self) -> dict[str, Any]:
         """The tensor as JSON can hold it."""
@@ -77,7 +118,8 @@ class Tensor:
     @classmethod
     def fromDict(cls, value: dict[str, Any]) -> Tensor:
         """The tensor that :meth:`toDict` described."""
-        return cls(**{**value, "columns": tuple(value["columns"])})
+        shape = None if value["shape"] is None else tuple(value["shape"])
+        return cls(**{**value, "columns": tuple(value["columns"]), "shape": shape})
 
 
 @dataclass(frozen=True)
@@ -102,42 +144,77 @@ class Problem:
         return f"column {self.column!r} is {found} in {rows:,} row{'s' if rows != 1 else ''}: {cure}"
 
 
-def features(schema: StructType, param: str, columns: Sequence[str]) -> Tensor:
-    """The model's input, from one Vector or array column, or from several scalar columns.
+class Invalid:
+    """The rows of a batch that cannot be used, and why.
+
+    Parameters
+    ----------
+    rows : int
+        Rows of the batch.
+
+    Attributes
+    ----------
+    rows : numpy.ndarray of bool
+        True where a row cannot be used.
+    problems : collections.Counter of Problem
+        The number of rows with each problem.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.rows = np.zeros(rows, bool)
+        self.problems: Counter[Problem] = Counter()
+
+    def add(self, column: str, kind: Any, rows: np.ndarray) -> None:
+        """Take note of the rows of a column that have a problem."""
+        if count := int(np.count_nonzero(rows)):
+            self.problems[Problem(column, kind)] += count
+            self.rows |= rows
+
+
+def features(schema: StructType, param: str, columns: Sequence[str], name: str = "features") -> Tensor:
+    """An input of the model, from one column of any kind, or from several scalar columns.
+
+    Parameters
+    ----------
+    schema : StructType
+        The DataFrame's.
+    param : str
+        The Param that names the columns, for messages.
+    columns : sequence of str
+        The columns.
+    name : str
+        The tensor's name.
 
     Raises
     ------
     ColumnError
         A column is missing or has a type that cannot become a tensor.
     """
-    if param == "featuresCol":
-        (name,) = columns
-        kind = _type(schema, param, name)
-        if isinstance(kind, VectorUDT):
-            return Tensor("features", (name,), "vector", "float32")
-        if isinstance(kind, ArrayType) and _dtype(kind.elementType) is not None:
-            return Tensor("features", (name,), "array", _dtype(kind.elementType) or "float32")
-        if _dtype(kind) is None:
-            raise _refusal(param, name, kind, "a Vector or an array of numbers")
-        # One numeric column is a model input of width one.
-    for name in columns:
-        kind = _type(schema, param, name)
-        if _dtype(kind) is None:
-            raise _refusal(param, name, kind, "a number or boolean")
-    return Tensor("features", tuple(columns), "scalars", "float32", len(columns))
+    if len(columns) == 1 and (tensor := _tensor(schema, param, columns[0], name)) is not None:
+        if tensor.form != "scalar":
+            return tensor
+        # One scalar column is a model input of width one.
+        return Tensor(name, tensor.columns, "scalars", _joined(tensor.dtype), 1, (1,))
+    if len(columns) == 1:
+        allowed = "a Vector, an array, a number, a boolean, a string or binary"
+        raise _refusal(param, columns[0], _type(schema, param, columns[0]), allowed)
+    found = {column: _dtype(_type(schema, param, column)) for column in columns}
+    dtypes = {_joined(dtype) for dtype in found.values() if dtype is not None}
+    if dtypes in ({"string"}, {"binary"}) and None not in found.values():
+        return Tensor(name, tuple(columns), "scalars", dtypes.pop(), 1, (len(columns),))
+    for column, dtype in found.items():
+        if dtype is None or _joined(dtype) != "float32":
+            raise _refusal(param, column, schema[column].dataType, _NUMBERS)
+    return Tensor(name, tuple(columns), "scalars", "float32", 1, (len(columns),))
 
 
-def label(schema: StructType, name: str) -> Tensor:
+def label(schema: StructType, column: str, param: str = "labelCol", name: str = "label") -> Tensor:
     """What the model learns to predict: a number, or a Vector or array of numbers per row."""
-    kind = _type(schema, "labelCol", name)
-    if isinstance(kind, VectorUDT):
-        return Tensor("label", (name,), "vector", "float32")
-    if isinstance(kind, ArrayType) and _dtype(kind.elementType) is not None:
-        return Tensor("label", (name,), "array", _dtype(kind.elementType) or "float32")
-    dtype = _dtype(kind)
-    if dtype is None:
-        raise _refusal("labelCol", name, kind, "a number, a boolean, a Vector or an array of numbers")
-    return Tensor("label", (name,), "scalar", dtype)
+    tensor = _tensor(schema, param, column, name)
+    if tensor is None or not tensor.numeric:
+        kind = _type(schema, param, column)
+        raise _refusal(param, column, kind, "a number, a boolean, a Vector or an array of numbers")
+    return tensor
 
 
 def weight(schema: StructType, name: str) -> Tensor:
@@ -145,7 +222,7 @@ def weight(schema: StructType, name: str) -> Tensor:
     kind = _type(schema, "weightCol", name)
     if not isinstance(kind, NumericType):
         raise _refusal("weightCol", name, kind, "a number")
-    return Tensor("weight", (name,), "scalar", "float32")
+    return Tensor("weight", (name,), "scalar", "float32", 0, ())
 
 
 def validation(schema: StructType, name: str) -> Tensor:
@@ -153,24 +230,37 @@ def validation(schema: StructType, name: str) -> Tensor:
     kind = _type(schema, "validationIndicatorCol", name)
     if not isinstance(kind, BooleanType):
         raise _refusal("validationIndicatorCol", name, kind, "a boolean")
-    return Tensor("validation", (name,), "scalar", "bool")
+    return Tensor("validation", (name,), "scalar", "bool", 0, ())
+
+
+def arrange(block: dict[str, np.ndarray], role: Role) -> Arrays | None:
+    """The arrays of a role: the only one, or those of several by the model's names; None where there is none."""
+    if role in block:
+        return block[role]
+    named = {name.partition(":")[2]: values for name, values in block.items() if name.startswith(f"{role}:")}
+    return next(iter(named.values())) if len(named) == 1 else named or None
 
 
 def expression(tensor: Tensor) -> Column:
     """The plan of a tensor on the JVM: one column of type ``dtype`` or ``array<dtype>``, named after it."""
     sql = _SQL_TYPES[tensor.dtype]
-    columns = [F.col("`" + name.replace("`", "``") + "`") for name in tensor.columns]
+    columns = [F.col(quoted(name)) for name in tensor.columns]
     if tensor.form == "scalars":
         result = F.array(*(column.cast(sql) for column in columns))
     elif tensor.form == "vector":
         # vector_to_array itself fails on null with a message that names neither column nor row.
         result = F.when(columns[0].isNotNull(), vector_to_array(columns[0], "float32"))
     else:
-        result = columns[0].cast(sql if tensor.form == "scalar" else f"array<{sql}>")
+        result = columns[0].cast("array<" * tensor.depth + sql + ">" * tensor.depth)
     return result.alias(tensor.name)
 
 
-def decode(array: pa.Array, tensor: Tensor, problems: Counter[Problem]) -> np.ndarray | None:
+def quoted(name: str) -> str:
+    """A column's name as Spark takes it whole, dots and all."""
+    return "`" + name.replace("`", "``") + "`"
+
+
+def decode(array: pa.Array, tensor: Tensor, invalid: Invalid) -> np.ndarray | None:
     """Turn an Arrow array that came from :func:`expression` into a NumPy block.
 
     Parameters
@@ -178,9 +268,9 @@ def decode(array: pa.Array, tensor: Tensor, problems: Counter[Problem]) -> np.nd
     array : pyarrow.Array
         One batch of rows.
     tensor : Tensor
-        Its description. Where the width is open, the first row decides.
-    problems : collections.Counter of Problem
-        Gets the number of rows that cannot be used added, by column and reason.
+        Its description. Where the shape is open, the first row decides.
+    invalid : Invalid
+        Gets the rows added that cannot be used.
 
     Returns
     -------
@@ -188,36 +278,26 @@ def decode(array: pa.Array, tensor: Tensor, problems: Counter[Problem]) -> np.nd
         Shape ``(rows,) + shape``, C-contiguous, of the tensor's dtype; it may share the array's memory.
         None where a row could not be used.
     """
-    rows = len(array)
-    before = problems.total()
-    if array.null_count:
-        problems[Problem(tensor.columns[0], "null")] += array.null_count
-        array = array.drop_null()
-    if tensor.form == "scalar":
-        values = array
-        width = 1
-    else:
-        lengths = array.value_lengths().to_numpy(zero_copy_only=False)
-        width = tensor.width if tensor.width is not None else int(lengths[0]) if len(lengths) else 0
-        odd = int(np.count_nonzero(lengths != width))
-        if odd:
-            problems[Problem(tensor.columns[0], "width")] += odd
+    values, shape = array, []
+    for level in range(tensor.depth):
+        lengths = values.value_lengths().to_numpy(zero_copy_only=False) if not values.null_count else np.array([-1, 0])
+        shape.append(tensor.shape[level] if tensor.shape else int(lengths[0]) if len(lengths) else 0)
+        if (lengths != shape[-1]).any():
+            _refuse(array, tensor, invalid)
             return None
-        values = array.flatten()
+        values = values.flatten()
     if values.null_count:
-        _count_rows(~values.is_valid().to_numpy(zero_copy_only=False), width, tensor, "null", problems)
-    if problems.total() > before:
+        _refuse(array, tensor, invalid)
         return None
     block: np.ndarray = values.to_numpy(zero_copy_only=False)
     # Two passes that allocate nothing: the minimum is NaN where any element is.
     if tensor.dtype == "float32" and block.size and not (np.isfinite(block.min()) and np.isfinite(block.max())):
-        _count_rows(np.isnan(block), width, tensor, "nan", problems)
-        _count_rows(np.isinf(block), width, tensor, "infinite", problems)
+        _refuse(array, tensor, invalid)
         return None
-    if tensor.name == "weight" and block.size and block.min() < 0:
-        _count_rows(block < 0, width, tensor, "negative", problems)
+    if tensor.role == "weight" and block.size and block.min() < 0:
+        _refuse(array, tensor, invalid)
         return None
-    return block.reshape((rows,) if tensor.form == "scalar" else (rows, width))
+    return block.reshape((len(array), *shape))
 
 
 def report(problems: Counter[Problem], advice: str = "") -> ColumnError:
@@ -226,15 +306,43 @@ def report(problems: Counter[Problem], advice: str = "") -> ColumnError:
     return ColumnError("; ".join(lines) + advice)
 
 
-def _count_rows(bad: np.ndarray, width: int, tensor: Tensor, kind: Any, problems: Counter[Problem]) -> None:
-    """Count the rows with bad elements, by column where each element has a column of its own."""
-    table = bad.reshape(-1, max(width, 1))
-    if tensor.form == "scalars":
-        for name, rows in zip(tensor.columns, table.sum(axis=0), strict=True):
-            if rows:
-                problems[Problem(name, kind)] += int(rows)
-    elif rows := int(table.any(axis=1).sum()):
-        problems[Problem(tensor.columns[0], kind)] += rows
+def _refuse(array: pa.Array, tensor: Tensor, invalid: Invalid) -> None:
+    """Find out which rows cannot be used, which :func:`decode` need not know as long as there are none."""
+    for (column, kind), rows in _faults(array, tensor, 0).items():
+        invalid.add(column, kind, rows)
+
+
+def _faults(values: pa.Array, tensor: Tensor, level: int) -> dict[tuple[str, str], np.ndarray]:
+    """Masks of the values with each problem: rows at level 0, elements of rows deeper down."""
+    column = tensor.columns[0]
+    sound = values.is_valid().to_numpy(zero_copy_only=False)
+    faults = {(column, "null"): ~sound}
+
+    def spread(found: np.ndarray, among: np.ndarray) -> np.ndarray:
+        mask = np.zeros(len(values), bool)
+        mask[among] = found
+        return mask
+
+    if level == tensor.depth:
+        numbers = values.filter(pa.array(sound)).to_numpy(zero_copy_only=False)
+        if tensor.dtype == "float32":
+            faults[column, "nan"] = spread(np.isnan(numbers), sound)
+            faults[column, "infinite"] = spread(np.isinf(numbers), sound)
+        if tensor.role == "weight":
+            faults[column, "negative"] = spread(numbers < 0, sound)
+        return faults
+    lengths = values.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
+    expected = tensor.shape[level] if tensor.shape else int(lengths[sound][0]) if sound.any() else 0
+    faults[column, "width"] = sound & (lengths != expected)
+    whole = sound & (lengths == expected)
+    for (_, kind), mask in _faults(values.filter(pa.array(whole)).flatten(), tensor, level + 1).items():
+        table = mask.reshape(int(whole.sum()), expected)
+        if tensor.form == "scalars":  # each element has a column of its own
+            faults |= {(name, kind): spread(table[:, i], whole) for i, name in enumerate(tensor.columns)}
+        else:
+            found = spread(np.asarray(table.any(axis=1)), whole)
+            faults[column, kind] = faults[column, kind] | found if (column, kind) in faults else found
+    return faults
 
 
 def _type(schema: StructType, param: str, name: str) -> DataType:
@@ -245,6 +353,20 @@ def _type(schema: StructType, param: str, name: str) -> DataType:
     return schema[name].dataType
 
 
+def _tensor(schema: StructType, param: str, column: str, name: str) -> Tensor | None:
+    """The tensor that a column can be, None where it can be none."""
+    kind = _type(schema, param, column)
+    if isinstance(kind, VectorUDT):
+        return Tensor(name, (column,), "vector", "float32", 1, None)
+    depth = 0
+    while isinstance(kind, ArrayType):
+        kind, depth = kind.elementType, depth + 1
+    dtype = _dtype(kind)
+    if dtype is None:
+        return None
+    return Tensor(name, (column,), "array" if depth else "scalar", dtype, depth, None if depth else ())
+
+
 def _dtype(kind: DataType) -> str | None:
     """The tensor dtype for elements of a Spark type, None where there is none."""
     if isinstance(kind, LongType):
@@ -253,16 +375,33 @@ def _dtype(kind: DataType) -> str | None:
         return "int32"
     if isinstance(kind, (FractionalType, BooleanType)):
         return "float32"
-    return None
+    if isinstance(kind, StringType):
+        return "string"
+    return "binary" if isinstance(kind, BinaryType) else None
+
+
+def _joined(dtype: str) -> str:
+    """The dtype of columns that are joined into one tensor: numbers of any kind become floats."""
+    return dtype if dtype in ("string", "binary") else "float32"
 
 
 def _refusal(param: str, name: str, kind: DataType, allowed: str) -> ColumnError:
-    if isinstance(kind, StringType):
-        advice = "StringIndexer (and OneHotEncoder) turns strings into numbers"
+    if isinstance(kind, (StringType, BinaryType)):
+        advice = (
+            "StringIndexer (and OneHotEncoder) turns strings into numbers; a model that takes strings itself has an "
+            "input for them alone (the param inputs)"
+            if allowed == _NUMBERS
+            else "StringIndexer (and OneHotEncoder) turns strings into numbers"
+        )
     elif isinstance(kind, (DateType, TimestampType, TimestampNTZType)):
         advice = "derive numbers from it, such as unix_timestamp, hour or dayofweek"
     elif isinstance(kind, ArrayType):
-        advice = "cast it, or flatten what is nested"
+        advice = "cast its elements to numbers"
     else:
         advice = "cast or assemble it first (VectorAssembler)"
     return ColumnError(f"{param}={name!r} has type {kind.simpleString()}, but must be {allowed}: {advice}")
+
+
+def row_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the fixed-size tensors of a row, as NumPy holds them."""
+    return sum(tensor.numpy.itemsize * tensor.size for tensor in tensors if tensor.numeric)

@@ -2,13 +2,17 @@
 
 A framework plugs in by four hooks: what travels to the gang (:meth:`NeuralEstimator._trainer`), what trains
 there (the :class:`~spark_nn.trainer.Trainer` it returns), what loads the result for prediction
-(:meth:`NeuralModel._loader`), and how the output is described (``Trained.output``).
+(:meth:`NeuralModel._loader`), and how the output is described (``Trained.outputs``).
 """
 
 from __future__ import annotations
 
+import functools
+import threading
 import time
+import weakref
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -18,11 +22,12 @@ from pyspark.ml.util import MLReadable, MLReader, MLWritable, MLWriter
 
 from spark_nn import columns
 from spark_nn.columns import Tensor
+from spark_nn.dataset.lease import Source
 from spark_nn.dataset.manifest import Manifest
-from spark_nn.dataset.materialize import materialize
-from spark_nn.errors import ModelFileError, SparkNNError
+from spark_nn.dataset.materialize import Spec, check_count
+from spark_nn.errors import ColumnError, ModelFileError, SparkNNError
 from spark_nn.gang.launch import Gang
-from spark_nn.outputs import Output
+from spark_nn.outputs import Output, Outputs, columns_of
 from spark_nn.params import ModelParams, TrainingParams
 from spark_nn.persistence import ModelFile, StageReader, StageWriter
 from spark_nn.scoring import Loader, Scorer, score, ship
@@ -31,6 +36,7 @@ from spark_nn.summary import TrainingSummary
 from spark_nn.trainer import Schedule, Trained, Trainer
 
 if TYPE_CHECKING:
+    from pyspark.ml._typing import ParamMap
     from pyspark.sql import DataFrame
     from pyspark.sql.types import StructType
 
@@ -84,48 +90,70 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
         """An empty model."""
 
     def _fit(self, dataset: DataFrame) -> M:
+        with Source(dataset) as source:
+            return self._fitOn(source)
+
+    def fitMultiple(self, dataset: DataFrame, paramMaps: Sequence[ParamMap]) -> Iterator[tuple[int, M]]:
+        """Fit a model for each param map; the rows are written once for all maps that use the same of them.
+
+        Parameters
+        ----------
+        dataset : pyspark.sql.DataFrame
+            The rows.
+        paramMaps : sequence of dict
+            What to change of this estimator's params for each model.
+
+        Returns
+        -------
+        iterator
+            Yields the index of a map and its model; threads may share it, and the order is that of completion.
+        """
+        return _Fits(self.copy(), dataset, paramMaps)
+
+    def _fitOn(self, source: Source) -> M:
         self.checkTrainingParams()
         self._check()
-        tensors = self._tensors(dataset.schema)
+        dataset = source.dataset
         gang = Gang(dataset.sparkSession, self.getNumWorkers())
+        spec = self._spec(dataset.schema)
         gang.check()
         schedule = self._schedule()
-        url = self.getStoreUrl() if self.isDefined("storeUrl") else None
+        store = store_url(dataset.sparkSession, self.getStoreUrl() if self.isDefined("storeUrl") else None)
         clock = [time.monotonic()]
-        with RunDir.open(store_url(dataset.sparkSession, url)) as run:
+        with RunDir.open(store) as run:
             trainer = self._trainer(schedule, run)
-            manifest = materialize(
-                dataset,
-                tensors,
-                run,
-                validationFraction=self.getValidationFraction(),
-                seed=schedule.seed,
-                shuffle=schedule.shuffle,
-                workers=gang.world,
-            )
+            data = source.lease(spec, store)
+            check_count(data.manifest, spec, gang.world)
             clock.append(time.monotonic())
-            answer = gang.run(trainer, run, environment=trainer.environment, verbose=self.getVerbose())
+            training = functools.partial(trainer, data=data.run)
+            answer = gang.run(training, run, environment=trainer.environment, verbose=self.getVerbose())
             clock.append(time.monotonic())
             trained = Trained(**answer)
             file = ModelFile.fetch(run, trained.file, trained.sha256)
         model = self._newModel()
         # CrossValidator sets grid values on the model by the estimator's params: they must share the uid.
         model._resetUid(self.uid)
-        summary = self._summary(trained, manifest, clock)
-        model._fitted = Fitted(file, manifest.tensors[0], Output.fromDict(trained.output), summary)
+        outputs = {name: Output.fromDict(output) for name, output in trained.outputs.items()}
+        model._fitted = Fitted(
+            file, data.manifest.role("features"), outputs, self._summary(trained, data.manifest, clock)
+        )
         return self._copyValues(model)
 
-    def _tensors(self, schema: StructType) -> list[Tensor]:
+    def _spec(self, schema: StructType) -> Spec:
         """What is written of every row."""
-        tensors = [
-            columns.features(schema, *self.inputColumns()),
-            columns.label(schema, self.getLabelCol()),
-        ]
+        tensors = [*self.inputTensors(schema), *self.labelTensors(schema)]
         if self.isDefined("weightCol") and self.getWeightCol():
             tensors.append(columns.weight(schema, self.getWeightCol()))
         if self.isDefined("validationIndicatorCol") and self.getValidationIndicatorCol():
             tensors.append(columns.validation(schema, self.getValidationIndicatorCol()))
-        return tensors
+        schedule = self._schedule()
+        return Spec(
+            tuple(tensors),
+            validationFraction=self.getValidationFraction(),
+            seed=schedule.seed,
+            shuffle=schedule.shuffle,
+            skip=self.getHandleInvalid() == "skip",
+        )
 
     def _summary(self, trained: Trained, manifest: Manifest, clock: list[float]) -> TrainingSummary:
         """What the fit was like; `clock` holds when it began, when the rows were written and when training ended."""
@@ -134,8 +162,10 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
             history=trained.history,
             rows=manifest.rows("train"),
             validationRows=manifest.rows("validation"),
+            skippedRows=manifest.skipped,
             numWorkers=self.getNumWorkers(),
             rowsPerSecond=trained.rowsPerSecond,
+            epochSeconds=trained.epochSeconds,
             seconds={
                 "materialize": written - began,
                 "start": max(0.0, ended - written - sum(trained.seconds.values())),
@@ -150,7 +180,40 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
             batch=self.getBatchSize(),
             seed=self.getSeed() % 2**63,  # NumPy takes no negative seeds, Spark does
             shuffle=self.getShuffle(),
+            cache=self.getCache(),  # type: ignore[arg-type]
+            classWeights=self.getClassWeights() if self.isDefined("classWeights") else {},
         )
+
+
+class _Fits(Generic[M]):
+    """The fits of several param maps on one DataFrame, started by whichever thread asks for the next."""
+
+    def __init__(self, estimator: NeuralEstimator[M], dataset: DataFrame, paramMaps: Sequence[ParamMap]) -> None:
+        self._estimator = estimator
+        self._maps = paramMaps
+        self._source = Source(dataset)
+        self._lock = threading.Lock()
+        self._begun = self._ended = 0
+        # Whoever drops the iterator half-way, as after an error, is done with the rows too.
+        weakref.finalize(self, self._source.close)
+
+    def __iter__(self) -> _Fits[M]:
+        return self
+
+    def __next__(self) -> tuple[int, M]:
+        with self._lock:
+            index = self._begun
+            if index >= len(self._maps):
+                raise StopIteration
+            self._begun += 1
+        try:
+            return index, self._estimator.copy(self._maps[index])._fitOn(self._source)
+        finally:
+            with self._lock:
+                self._ended += 1
+                last = self._ended == len(self._maps)
+            if last:
+                self._source.close()
 
 
 @dataclass(frozen=True)
@@ -161,17 +224,17 @@ class Fitted:
     ----------
     file : ModelFile
         The framework's native model file.
-    input : Tensor
-        The model's input, as it was trained.
-    output : Output
-        What it puts out.
+    inputs : tuple of Tensor
+        The model's inputs, as they were trained.
+    outputs : dict of str to Output
+        What it puts out, by the model's names; the only one by the empty name.
     summary : TrainingSummary
         What the fit was like.
     """
 
     file: ModelFile
-    input: Tensor
-    output: Output
+    inputs: tuple[Tensor, ...]
+    outputs: Outputs
     summary: TrainingSummary
 
 
@@ -215,20 +278,41 @@ class NeuralModel(Model, ModelParams, _Stage):
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
         fitted = self.fitted
-        found = columns.features(dataset.schema, *self.inputColumns())
-        trained = fitted.input
-        names = {param: name for param in fitted.output.fields if (name := self.getOrDefault(self.getParam(param)))}
+        inputs = self._inputs(dataset.schema)
+        names = {}
+        for field, (param, output) in columns_of(fitted.outputs).items():
+            if column := self.getOrDefault(self.getParam(param)):
+                names[field] = f"{column}_{output}" if output else column
         if not names:
             return dataset
         scorer = Scorer(
             file=ship(dataset.sparkSession, fitted.file.path),
             sha256=fitted.file.sha256,
             load=self._loader(),
-            input=replace(found, dtype=trained.dtype, width=trained.width),
-            output=fitted.output,
+            inputs=inputs,
+            outputs=fitted.outputs,
             fields=tuple(names),
+            skip=self.getHandleInvalid() == "skip",
         )
         return score(dataset, scorer, names)
+
+    def _inputs(self, schema: StructType) -> tuple[Tensor, ...]:
+        """The DataFrame's columns as the inputs that the model was trained on."""
+        found = {tensor.name: tensor for tensor in self.inputTensors(schema)}
+        trained = {tensor.name: tensor for tensor in self.fitted.inputs}
+        if found.keys() != trained.keys():
+            raise ColumnError(
+                f"the model was trained with the inputs {', '.join(map(repr, trained))}, and its params now name "
+                f"{', '.join(map(repr, found))}: name columns for the same ones"
+            )
+        for name, tensor in found.items():
+            known = trained[name]
+            if (tensor.depth, tensor.numeric) != (known.depth, known.numeric):
+                raise ColumnError(
+                    f"column {tensor.columns[0]!r} holds {tensor.dtype} values of {tensor.depth} dimensions, and the "
+                    f"model was trained with {known.dtype} values of {known.depth}: give it the same kind of column"
+                )
+        return tuple(replace(found[name], dtype=known.dtype, shape=known.shape) for name, known in trained.items())
 
     def _savedFiles(self) -> dict[str, ModelFile]:
         file = self.fitted.file
@@ -237,8 +321,8 @@ class NeuralModel(Model, ModelParams, _Stage):
     def _savedMetadata(self) -> dict[str, Any]:
         fitted = self.fitted
         return {
-            "input": fitted.input.toDict(),
-            "output": fitted.output.toDict(),
+            "inputs": [tensor.toDict() for tensor in fitted.inputs],
+            "outputs": {name: output.toDict() for name, output in fitted.outputs.items()},
             "summary": fitted.summary.toDict(),
         }
 
@@ -248,7 +332,7 @@ class NeuralModel(Model, ModelParams, _Stage):
         (file,) = files.values()
         self._fitted = Fitted(
             file,
-            Tensor.fromDict(metadata["input"]),
-            Output.fromDict(metadata["output"]),
+            tuple(Tensor.fromDict(tensor) for tensor in metadata["inputs"]),
+            {name: Output.fromDict(output) for name, output in metadata["outputs"].items()},
             TrainingSummary.fromDict(metadata["summary"]),
         )

@@ -1,5 +1,8 @@
 """What a model puts out, and the columns that it becomes.
 
+A model of one output fills the columns that its params name. Of several outputs each fills columns of its own, the
+same with the output's name after an underscore: ``prediction_price``.
+
 Spark's evaluators are strict about types: ``prediction`` must be a double, ``rawPrediction`` and
 ``probability`` must be Vectors.
 """
@@ -78,6 +81,18 @@ class Output:
             "probabilityCol": probability,
             "predictionCol": probability.argmax(axis=1).astype(np.float64),
         }
+
+
+Outputs = dict[str, Output]  # by the model's names; the only one by the empty name
+
+
+def columns_of(outputs: Outputs) -> dict[str, tuple[str, str]]:
+    """For each value that a row gets its key among them: the Param that names its column, and its output's name."""
+    return {
+        f"{param}:{name}" if name else param: (param, name)
+        for name, output in outputs.items()
+        for param in output.fields
+    }
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

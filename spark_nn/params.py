@@ -24,7 +24,10 @@ from pyspark.ml.param.shared import (
     HasValidationIndicatorCol,
     HasWeightCol,
 )
+from pyspark.sql.types import StructType
 
+from spark_nn import columns
+from spark_nn.columns import Tensor
 from spark_nn.errors import ParamError
 
 P = TypeVar("P", bound=Params)
@@ -116,6 +119,37 @@ def plain_dict(name: str) -> Callable[[Any], dict[str, Any]]:
     return convert
 
 
+def columns_dict(name: str, *, several: bool) -> Callable[[Any], dict[str, Any]]:
+    """Converter for a dict of the model's names to columns, or to lists of them where `several` may go together."""
+
+    def convert(value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict) or not value:
+            raise TypeError(f"{name} takes a dict with at least one entry, not {value!r} ({type(value).__name__})")
+        result: dict[str, Any] = {}
+        for key, given in value.items():
+            listed = several and isinstance(given, (list, tuple)) and len(given) > 0
+            names = given if listed else [given]
+            if not isinstance(key, str) or not all(isinstance(each, str) for each in names):
+                lists = " or a non-empty list of such names" if several else ""
+                raise TypeError(f"{name}[{key!r}] takes a column's name{lists}, not {given!r}")
+            if not key or ":" in key:
+                raise ParamError(f"{name} has the key {key!r}: must be a name of the model's, not empty, without ':'")
+            result[key] = list(given) if listed else given
+        return result
+
+    return convert
+
+
+def class_weights(value: Any) -> dict[int, float]:
+    """Converter for a dict of classes to weights; the classes may come as the strings that JSON makes of them."""
+    if not isinstance(value, dict) or not value:
+        raise TypeError(f"classWeights takes a dict of classes to weights, such as {{0: 1.0, 1: 5.0}}, not {value!r}")
+    as_class = integer("classWeights' class", low=0)
+    as_weight = number("classWeights' weight", low=0.0)
+    keys = [int(key) if isinstance(key, str) and key.isdigit() else key for key in value]
+    return {as_class(key): as_weight(weight) for key, weight in zip(keys, value.values(), strict=True)}
+
+
 def param(name: str, doc: str, converter: Callable[[Any], Any]) -> Param[Any]:
     """Declare a Param, as pyspark.ml does it."""
     return Param(Params._dummy(), name, doc, typeConverter=converter)
@@ -124,23 +158,58 @@ def param(name: str, doc: str, converter: Callable[[Any], Any]) -> Param[Any]:
 class ModelParams(HasFeaturesCol, HasInputCols, HasLabelCol, HasPredictionCol, HasProbabilityCol, HasRawPredictionCol):
     """Params that an estimator and its fitted model share: the columns they read and write."""
 
+    featuresCol: Param[str] = param(
+        "featuresCol",
+        "Column that holds the model's single input: a Vector, an array (nested ones for inputs of several "
+        "dimensions), a number, a string or binary.",
+        TypeConverters.toString,
+    )
     inputCols: Param[list[str]] = param(
         "inputCols",
-        "Names of numeric or boolean columns joined, in this order, into the model's single input. "
-        "Used in place of featuresCol.",
+        "Columns joined, in this order, into the model's single input: all of them numbers or booleans (which become "
+        "32-bit floats), or all of them strings. Used in place of featuresCol.",
         TypeConverters.toListString,
+    )
+    inputs: Param[dict[str, Any]] = param(
+        "inputs",
+        "For models of several inputs: a dict of each input's name to a column, as for featuresCol, or to a list of "
+        "columns, as for inputCols. Used in place of either.",
+        columns_dict("inputs", several=True),
+    )
+    handleInvalid: Param[str] = param(
+        "handleInvalid",
+        "What to do with rows that cannot be used (null, NaN or infinite numbers, arrays of another length): 'error' "
+        "names the columns and the number of rows, 'skip' leaves the rows out, of training and of predictions.",
+        choice("handleInvalid", ("error", "skip")),
     )
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self._setDefault(handleInvalid="error")
 
     def setFeaturesCol(self: P, value: str) -> P:
-        """Set :py:attr:`featuresCol`: a Vector or array column that holds the model's single input."""
+        """Set :py:attr:`featuresCol`."""
         return self._set(featuresCol=value)
 
     def setInputCols(self: P, value: list[str]) -> P:
         """Set :py:attr:`inputCols`."""
         return self._set(inputCols=value)
+
+    def getInputs(self) -> dict[str, Any]:
+        """Get :py:attr:`inputs`."""
+        return self.getOrDefault(self.inputs)
+
+    def setInputs(self: P, value: dict[str, Any]) -> P:
+        """Set :py:attr:`inputs`."""
+        return self._set(inputs=value)
+
+    def getHandleInvalid(self) -> str:
+        """Get :py:attr:`handleInvalid`."""
+        return self.getOrDefault(self.handleInvalid)
+
+    def setHandleInvalid(self: P, value: str) -> P:
+        """Set :py:attr:`handleInvalid`."""
+        return self._set(handleInvalid=value)
 
     def setLabelCol(self: P, value: str) -> P:
         """Set :py:attr:`labelCol`."""
@@ -158,24 +227,32 @@ class ModelParams(HasFeaturesCol, HasInputCols, HasLabelCol, HasPredictionCol, H
         """Set :py:attr:`rawPredictionCol`; an empty name leaves the column out."""
         return self._set(rawPredictionCol=value)
 
-    def inputColumns(self) -> tuple[str, list[str]]:
-        """The param that names the model's input, and the columns it names.
+    def inputTensors(self, schema: StructType) -> tuple[Tensor, ...]:
+        """The model's inputs, as the DataFrame's columns make them.
 
         Raises
         ------
         ParamError
-            Both featuresCol and inputCols were set, or inputCols is empty.
+            More than one of featuresCol, inputCols and inputs was set, or inputCols is empty.
+        ColumnError
+            A column is missing, or of a type that cannot become a tensor.
         """
-        if not self.isSet("inputCols"):
-            return "featuresCol", [self.getFeaturesCol()]
-        if self.isSet("featuresCol"):
-            raise ParamError(
-                f"featuresCol={self.getFeaturesCol()!r} and inputCols={self.getInputCols()!r} are both set, "
-                "but the model has one input: set one of them (and clear the other)"
+        given = [name for name in ("featuresCol", "inputCols", "inputs") if self.isSet(name)]
+        if len(given) > 1:
+            values = " and ".join(f"{name}={self.getOrDefault(name)!r}" for name in given)
+            raise ParamError(f"{values} are both set, but name the same thing: set one of them (and clear the other)")
+        if given == ["inputs"]:
+            return tuple(
+                columns.features(
+                    schema, f"inputs[{key!r}]", value if isinstance(value, list) else [value], f"features:{key}"
+                )
+                for key, value in self.getInputs().items()
             )
+        if given != ["inputCols"]:
+            return (columns.features(schema, "featuresCol", [self.getFeaturesCol()]),)
         if not self.getInputCols():
             raise ParamError("inputCols=[]: must name at least one column")
-        return "inputCols", list(self.getInputCols())
+        return (columns.features(schema, "inputCols", list(self.getInputCols())),)
 
 
 class TrainingParams(ModelParams, HasWeightCol, HasValidationIndicatorCol, HasSeed):
@@ -186,6 +263,19 @@ class TrainingParams(ModelParams, HasWeightCol, HasValidationIndicatorCol, HasSe
         "Share of the rows held back from training and used to measure it after every epoch (0 <= x < 1; "
         "0 holds back none). The rows are drawn by seed. Not together with validationIndicatorCol.",
         number("validationFraction", low=0.0, below=1.0),
+    )
+    labels: Param[dict[str, str]] = param(
+        "labels",
+        "For models of several outputs: a dict of each output's name to the column it learns to predict. Used in "
+        "place of labelCol.",
+        columns_dict("labels", several=False),
+    )
+    classWeights: Param[dict[int, float]] = param(
+        "classWeights",
+        "How much the loss of each class's rows counts: a dict of classes (0, 1, ...) to weights (>= 0); classes that "
+        "it leaves out count 1. It multiplies what weightCol says. For models of one output, whose label is the class "
+        "or one element per class.",
+        class_weights,
     )
     epochs: Param[int] = param(
         "epochs", "How many times training passes over the rows (>= 1).", integer("epochs", low=1)
@@ -220,6 +310,14 @@ class TrainingParams(ModelParams, HasWeightCol, HasValidationIndicatorCol, HasSe
         "under the system's temporary one.",
         TypeConverters.toString,
     )
+    cache: Param[str] = param(
+        "cache",
+        "What each worker keeps of the rows that it has read: 'memory' their decoded form, from which later epochs "
+        "are several times as fast, 'disk' their bytes on its local disk, for a slow store, 'none' nothing. 'auto': "
+        "memory where the dataset takes no more than a quarter of the free memory, shared with the other workers of "
+        "the same machine, else none. The result does not depend on it.",
+        choice("cache", ("auto", "memory", "disk", "none")),
+    )
     verbose: Param[int] = param(
         "verbose",
         "Progress on the driver's standard error: 0 none, 1 a line per epoch and on a terminal a live bar, 2 a line "
@@ -237,7 +335,46 @@ class TrainingParams(ModelParams, HasWeightCol, HasValidationIndicatorCol, HasSe
             shuffle=True,
             # pyspark's default seed hashes the class name, which differs from one process to the next.
             seed=0,
+            cache="auto",
             verbose=1,
+        )
+
+    def getLabels(self) -> dict[str, str]:
+        """Get :py:attr:`labels`."""
+        return self.getOrDefault(self.labels)
+
+    def setLabels(self: P, value: dict[str, str]) -> P:
+        """Set :py:attr:`labels`."""
+        return self._set(labels=value)
+
+    def getClassWeights(self) -> dict[int, float]:
+        """Get :py:attr:`classWeights`."""
+        return self.getOrDefault(self.classWeights)
+
+    def setClassWeights(self: P, value: dict[int, float]) -> P:
+        """Set :py:attr:`classWeights`."""
+        return self._set(classWeights=value)
+
+    def getCache(self) -> str:
+        """Get :py:attr:`cache`."""
+        return self.getOrDefault(self.cache)
+
+    def setCache(self: P, value: str) -> P:
+        """Set :py:attr:`cache`."""
+        return self._set(cache=value)
+
+    def labelTensors(self, schema: StructType) -> tuple[Tensor, ...]:
+        """What the model's outputs learn to predict, as the DataFrame's columns make it."""
+        if not self.isSet("labels"):
+            return (columns.label(schema, self.getLabelCol()),)
+        if self.isSet("labelCol"):
+            raise ParamError(
+                f"labelCol={self.getLabelCol()!r} and labels={self.getLabels()!r} are both set: set one of them (and "
+                "clear the other)"
+            )
+        return tuple(
+            columns.label(schema, column, f"labels[{key!r}]", f"label:{key}")
+            for key, column in self.getLabels().items()
         )
 
     def getValidationFraction(self) -> float:
@@ -335,6 +472,11 @@ class TrainingParams(ModelParams, HasWeightCol, HasValidationIndicatorCol, HasSe
             raise ParamError(
                 f"batchSize={batch} is not a multiple of numWorkers={workers}, and the workers share each "
                 f"batch equally: set batchSize to {down} or {up}"
+            )
+        if self.isSet("classWeights") and self.isSet("labels") and len(self.getLabels()) > 1:
+            raise ParamError(
+                f"classWeights={self.getClassWeights()!r} with labels={self.getLabels()!r}: weights of classes are "
+                "those of one label; weight the rows with weightCol"
             )
         indicator = self.isDefined("validationIndicatorCol") and self.getValidationIndicatorCol()
         if indicator and self.getValidationFraction() > 0:

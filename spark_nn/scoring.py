@@ -12,8 +12,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,15 +25,15 @@ from pyspark import SparkFiles, TaskContext
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
 
-from spark_nn.columns import Problem, Tensor, decode, expression, report
+from spark_nn.columns import Arrays, Invalid, Tensor, arrange, decode, expression, quoted, report
 from spark_nn.errors import ColumnError, ModelFileError
-from spark_nn.outputs import Output
+from spark_nn.outputs import Outputs, columns_of
 from spark_nn.store import digest
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-Predict = Callable[[np.ndarray], np.ndarray]
+Predict = Callable[[Arrays], Arrays]
 Loader = Callable[[str, int], Predict]
 
 # Models kept by a Python worker: a pipeline of two nets, and two more.
@@ -54,23 +53,26 @@ class Scorer:
     load : callable
         The framework's loader: takes the local path and the task's cores, returns the predicting function.
         It must be importable, so that a worker finds a model again that it has loaded before.
-    input : Tensor
-        The model's input.
-    output : Output
-        What it puts out.
+    inputs : tuple of Tensor
+        The model's inputs.
+    outputs : dict of str to Output
+        What it puts out, by the model's names.
     fields : tuple of str
-        Which values to return, by the Params that name their columns.
+        Which values to return, by their keys in :func:`~spark_nn.outputs.columns_of`.
+    skip : bool
+        Whether rows that cannot be used get a null, and are no error.
     """
 
     file: str
     sha256: str
     load: Loader
-    input: Tensor
-    output: Output
+    inputs: tuple[Tensor, ...]
+    outputs: Outputs
     fields: tuple[str, ...]
+    skip: bool = False
 
-    def __call__(self, batches: Iterator[pa.Array]) -> Iterator[pa.StructArray]:
-        """Score Arrow batches, one struct per row."""
+    def __call__(self, batches: Iterator[Sequence[pa.Array]]) -> Iterator[pa.StructArray]:
+        """Score Arrow batches, each an array per input, one struct per row."""
         predict: Predict | None = None
         for batch in batches:
             if predict is None:
@@ -79,7 +81,7 @@ class Scorer:
                 predict = _loaded(self.load, SparkFiles.get(self.file), self.sha256, cpus)
             yield self.score(batch, predict)
 
-    def score(self, batch: pa.Array, predict: Predict) -> pa.StructArray:
+    def score(self, batch: Sequence[pa.Array], predict: Predict) -> pa.StructArray:
         """Score one batch.
 
         Raises
@@ -87,15 +89,34 @@ class Scorer:
         ColumnError
             Rows of the batch hold what the model cannot take.
         """
-        problems: Counter[Problem] = Counter()
-        block = decode(batch, self.input, problems)
-        if block is None:
-            raise report(problems, " (counted in one batch of rows that were being scored)")
-        if len(block):
-            values = self.output.values(predict(block))
+        rows = len(batch[0])
+        invalid = Invalid(rows)
+        blocks = [decode(array, tensor, invalid) for array, tensor in zip(batch, self.inputs, strict=True)]
+        if invalid.problems:
+            if not self.skip:
+                raise report(invalid.problems, " (counted in one batch of rows that were being scored)")
+            used = pa.array(~invalid.rows)
+            scored = self.score([array.filter(used) for array in batch], predict)
+            # Taking at null gives null.
+            places = np.cumsum(~invalid.rows) - 1
+            return scored.take(pa.array(places, mask=invalid.rows))
+        inputs = arrange(
+            {tensor.name: block for tensor, block in zip(self.inputs, blocks, strict=True) if block is not None},
+            "features",
+        )
+        predicted: Any
+        if rows:
+            predicted = predict(inputs)  # type: ignore[arg-type]
         else:
-            values = self.output.values(np.zeros((0, *self.output.shape), np.float32))
-        return pa.StructArray.from_arrays([_arrow(values[name]) for name in self.fields], list(self.fields))
+            predicted = {name: np.zeros((0, *output.shape), np.float32) for name, output in self.outputs.items()}
+            predicted = predicted.get("", predicted)
+        values = {
+            (param, name): array
+            for name, output in self.outputs.items()
+            for param, array in output.values(predicted[name] if name else predicted).items()
+        }
+        keys = columns_of(self.outputs)
+        return pa.StructArray.from_arrays([_arrow(values[keys[field]]) for field in self.fields], list(self.fields))
 
 
 def score(dataset: DataFrame, scorer: Scorer, columns: dict[str, str]) -> DataFrame:
@@ -108,27 +129,33 @@ def score(dataset: DataFrame, scorer: Scorer, columns: dict[str, str]) -> DataFr
     scorer : Scorer
         What to score with.
     columns : dict
-        The output columns' names, by the Params that name them.
+        The output columns' names, by the keys of the values they get.
 
     Raises
     ------
     ColumnError
         An output column is there already.
     """
+    keys = columns_of(scorer.outputs)
     taken = {name.lower() for name in dataset.columns}  # as Spark resolves names
-    for param, name in columns.items():
+    for field, name in columns.items():
+        param = keys[field][0]
         if name.lower() in taken:
             raise ColumnError(f"{param}={name!r}: there already is such a column; rename or drop it, or set {param}")
         taken.add(name.lower())
-    types = scorer.output.fields
-    sql = f"struct<{','.join(f'{name}:{types[name]}' for name in scorer.fields)}>"
-    scores = _udf(scorer, sql)(expression(scorer.input))
+    types = {field: scorer.outputs[output].fields[param] for field, (param, output) in keys.items()}
+    sql = f"struct<{','.join(f'{quoted(field)}:{types[field]}' for field in scorer.fields)}>"
+    scores = _udf(scorer, sql)(*(expression(tensor) for tensor in scorer.inputs))
     held = f"spark_nn_{scorer.sha256[:16]}"
     results = {}
-    for param, name in columns.items():
-        value = F.col(held)[param]
-        results[name] = array_to_vector(value) if scorer.output.vector(param) else value
-    return dataset.withColumn(held, scores).withColumns(results).drop(held)
+    for field, name in columns.items():
+        param, output = keys[field]
+        value = F.col(held)[field]
+        results[name] = array_to_vector(value) if scorer.outputs[output].vector(param) else value
+    scored = dataset.withColumn(held, scores)
+    if scorer.skip:
+        scored = scored.where(F.col(held).isNotNull())
+    return scored.withColumns(results).drop(held)
 
 
 def ship(spark: SparkSession, file: Path) -> str:
@@ -160,30 +187,66 @@ def _udf(scorer: Scorer, sql: str) -> Any:
     """The scorer as a column UDF of the best kind that this Spark has."""
     functions: Any = F  # pyspark re-exports these without telling type checkers
     if tuple(int(part) for part in pyspark.__version__.split(".")[:2]) >= (4, 1):
+        # Spark looks at the hints to tell what kind of function it is.
+        if len(scorer.inputs) == 1:
 
-        def arrow(batches: Iterator[pa.Array]) -> Iterator[pa.Array]:
-            yield from scorer(batches)
+            def arrow(batches: Iterator[pa.Array]) -> Iterator[pa.Array]:
+                yield from scorer((batch,) for batch in batches)
 
-        return functions.arrow_udf(arrow, sql)
-    return pandas_kind(scorer, sql)
+            udf = functions.arrow_udf(arrow, sql)
+        else:
+
+            def arrow_several(batches: Iterator[tuple[pa.Array, ...]]) -> Iterator[pa.Array]:
+                yield from scorer(batches)
+
+            udf = functions.arrow_udf(arrow_several, sql)
+    else:
+        udf = pandas_kind(scorer, sql)
+    # The filter that leaves rows out would otherwise be moved below the projection, and the model be run twice.
+    return udf.asNondeterministic() if scorer.skip else udf
 
 
 def pandas_kind(scorer: Scorer, sql: str) -> Any:
     """The scorer as a pandas UDF, for Spark 4.0."""
     functions: Any = F
-    element = {"float32": pa.float32(), "int32": pa.int32(), "int64": pa.int64()}[scorer.input.dtype]
+    kinds = [_arrow_type(tensor) for tensor in scorer.inputs]
 
-    def frames(batches: Iterator[pd.Series]) -> Iterator[pd.DataFrame]:
-        arrays = (pa.array(batch, type=pa.list_(element)) for batch in batches)
-        for scored in scorer(arrays):
-            yield pd.DataFrame(
-                {
-                    name: array.to_numpy(zero_copy_only=False)
-                    for name, array in zip(scorer.fields, scored.flatten(), strict=True)
-                }
-            )
+    def arrays(batch: Sequence[pd.Series]) -> tuple[pa.Array, ...]:
+        return tuple(
+            pa.array(_nested(series) if tensor.depth > 1 else series, type=kind, from_pandas=True)
+            for series, kind, tensor in zip(batch, kinds, scorer.inputs, strict=True)
+        )
 
-    return functions.pandas_udf(frames, sql)
+    def frame(scored: pa.StructArray) -> pd.DataFrame:
+        values = zip(scorer.fields, scored.flatten(), strict=True)
+        return pd.DataFrame({name: array.to_numpy(zero_copy_only=False) for name, array in values})
+
+    if len(scorer.inputs) == 1:
+
+        def frames(batches: Iterator[pd.Series]) -> Iterator[pd.DataFrame]:
+            for scored in scorer(arrays((batch,)) for batch in batches):
+                yield frame(scored)
+
+        return functions.pandas_udf(frames, sql)
+
+    def frames_of_several(batches: Iterator[tuple[pd.Series, ...]]) -> Iterator[pd.DataFrame]:
+        for scored in scorer(map(arrays, batches)):
+            yield frame(scored)
+
+    return functions.pandas_udf(frames_of_several, sql)
+
+
+def _arrow_type(tensor: Tensor) -> pa.DataType:
+    """The type of the column that :func:`~spark_nn.columns.expression` plans."""
+    kind = pa.type_for_alias(tensor.dtype)
+    for _ in range(tensor.depth):
+        kind = pa.list_(kind)
+    return kind
+
+
+def _nested(series: pd.Series) -> list[Any]:
+    """Arrays of arrays as lists, which is what Arrow takes."""
+    return [None if value is None else np.array(list(value)).tolist() for value in series]
 
 
 @functools.lru_cache(maxsize=_KEPT_MODELS)

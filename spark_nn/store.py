@@ -1,7 +1,8 @@
 """Run directories: the one place where driver and gang leave files for each other.
 
 A run directory lives on any filesystem that fsspec knows. The driver makes it, tells every rank its URL, and
-removes it when the fit ends, however it ends. Files appear in it whole or not at all.
+removes it when the fit ends, however it ends. Files appear in it whole or not at all. As long as its driver lives, a
+directory's file ``alive`` is renewed; those of drivers that died are removed when the next one comes.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import logging
 import os
 import re
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import fsspec
 
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 STORE_CONF = "spark.nn.storeUrl"
+# Seconds after which a directory whose driver gives no sign of life is taken to be left behind.
+TTL = 3600.0
+_ALIVE = "alive"
+_OURS = re.compile(r"(run|data)-[0-9a-f]{32}")
 _LOG = logging.getLogger(__name__)
 
 
@@ -86,6 +92,7 @@ class RunDir:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+        self._removed = threading.Event()
         try:
             self.fs, self.root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
@@ -106,20 +113,41 @@ class RunDir:
         StoreError
             The store cannot be written or read back.
         """
-        run = cls(f"{store.rstrip('/')}/run-{uuid.uuid4().hex}")
+        run = cls.create(store)
         try:
-            try:
-                run.fs.makedirs(run.root, exist_ok=False)
-                run.write("probe", b"spark_nn")
-                run.fs.rm_file(run.path("probe"))
-            except Exception as error:
-                raise StoreError(
-                    f"the store {store!r} cannot be written: {type(error).__name__}: {error}. Set storeUrl "
-                    "to a directory that the driver and every executor can write"
-                ) from error
             yield run
         finally:
             run.remove()
+
+    @classmethod
+    def create(cls, store: str, kind: Literal["run", "data"] = "run") -> RunDir:
+        """A new directory in the store at this URL, kept alive until it is removed.
+
+        Parameters
+        ----------
+        store : str
+            The store's URL.
+        kind : {"run", "data"}
+            What it is for, as its name tells: one run, or a dataset.
+
+        Raises
+        ------
+        StoreError
+            The store cannot be written.
+        """
+        run = cls(f"{store.rstrip('/')}/{kind}-{uuid.uuid4().hex}")
+        try:
+            run.fs.makedirs(run.root, exist_ok=False)
+            run._sign()
+        except Exception as error:
+            run.remove()
+            raise StoreError(
+                f"the store {store!r} cannot be written: {type(error).__name__}: {error}. Set storeUrl "
+                "to a directory that the driver and every executor can write"
+            ) from error
+        threading.Thread(target=run._keep_alive, name="spark_nn-alive", daemon=True).start()
+        sweep(store)
+        return run
 
     def path(self, name: str) -> str:
         """The path of a file on the directory's filesystem."""
@@ -165,6 +193,7 @@ class RunDir:
     def remove(self) -> None:
         """Remove the directory and all that is in it; never raises, since it runs after other errors too."""
         trouble: Exception | None = None
+        self._removed.set()
         # A straggler may still write while its directory goes: what it leaves is removed in another round.
         for pause in (0.0, 0.2, 1.0):
             time.sleep(pause)
@@ -177,3 +206,35 @@ class RunDir:
                 trouble = error
         if trouble is not None:
             _LOG.warning("%s could not be removed (%s): remove it by hand", self.url, trouble)
+
+    def _sign(self) -> None:
+        self.write(_ALIVE, str(time.time()).encode())
+
+    def _keep_alive(self) -> None:
+        while not self._removed.wait(TTL / 8):
+            try:
+                self._sign()
+            except Exception:  # noqa: BLE001  (every store has errors of its own; the next sign may get through)
+                _LOG.debug("%s could not be kept alive", self.url, exc_info=True)
+
+
+def sweep(store: str) -> None:
+    """Remove what drivers that died have left in a store; never raises, for a fit must not fail of others' leavings.
+
+    Parameters
+    ----------
+    store : str
+        The store's URL.
+    """
+    try:
+        home = RunDir(store)
+        home.fs.invalidate_cache()
+        names = [str(path).rstrip("/").rpartition("/")[2] for path in home.fs.ls(home.root, detail=False)]
+        for name in filter(_OURS.fullmatch, names):
+            sign = home.read(f"{name}/{_ALIVE}")
+            # Without a sign it is being made, or being removed.
+            if sign is not None and float(sign) < time.time() - TTL:
+                _LOG.warning("removing %s/%s: its driver has given no sign of life for an hour", home.url, name)
+                RunDir(f"{home.url}/{name}").remove()
+    except Exception:  # noqa: BLE001  (every store has errors of its own)
+        _LOG.debug("%s could not be swept", store, exc_info=True)

@@ -19,20 +19,26 @@ class TrainingSummary:
         Rows trained on.
     validationRows : int
         Rows held back.
+    skippedRows : int
+        Rows left out because they cannot be used (`handleInvalid`).
     numWorkers : int
         Spark tasks that trained together.
     rowsPerSecond : float
         Training rows per second, all workers together, without start-up and validation.
+    epochSeconds : list of float
+        Seconds of each epoch's training.
     seconds : dict of str to float
-        Where the time of the fit went: ``materialize`` (rows to Parquet), ``start`` (the workers' processes),
-        ``import`` (of the framework), ``train``, ``publish`` (the model), and ``total``.
+        Where the time of the fit went: ``materialize`` (rows to Parquet, or finding them there), ``start`` (the
+        workers' processes), ``import`` (of the framework), ``train``, ``publish`` (the model), and ``total``.
     """
 
     history: dict[str, list[Any]]
     rows: int
     validationRows: int
+    skippedRows: int
     numWorkers: int
     rowsPerSecond: float
+    epochSeconds: list[float]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

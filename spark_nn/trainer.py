@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import numpy as np
+
+from spark_nn.columns import row_bytes
+from spark_nn.dataset import memory
 from spark_nn.dataset.manifest import MANIFEST, Manifest, Split
-from spark_nn.dataset.stream import Stream
+from spark_nn.dataset.stream import Block, Cache, Stream
 from spark_nn.errors import SparkNNError
 from spark_nn.gang.context import GangContext
-from spark_nn.store import digest
+from spark_nn.store import RunDir, digest
 
 MODEL_FOLDER = "model"
+# What a string is taken to need in memory, the Python object included.
+_STRING_BYTES = 100
 
 
 @dataclass(frozen=True)
@@ -31,12 +38,18 @@ class Schedule:
         Seed of everything random, 0 or more.
     shuffle : bool
         Whether the order changes with the epoch.
+    cache : {"auto", "memory", "disk", "none"}
+        What each rank keeps of the rows that it has read.
+    classWeights : dict of int to float
+        How much the rows of each class count, 1 where it says nothing.
     """
 
     epochs: int
     batch: int
     seed: int
     shuffle: bool
+    cache: Literal["auto", "memory", "disk", "none"] = "none"
+    classWeights: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,21 +62,25 @@ class Trained:
         Name of the model's file in the run directory.
     sha256 : str
         Its digest.
-    output : dict
-        What the model puts out: arguments of :class:`spark_nn.outputs.Output`.
+    outputs : dict
+        What the model puts out: arguments of :class:`spark_nn.outputs.Output` by the outputs' names, those of the
+        only one by the empty name.
     history : dict
         For each metric its value after each epoch.
     rowsPerSecond : float
         Training rows per second, all ranks together.
+    epochSeconds : list of float
+        Seconds of each epoch's training.
     seconds : dict
         Where the worker's time went, by phase.
     """
 
     file: str
     sha256: str
-    output: dict[str, Any]
+    outputs: dict[str, dict[str, Any]]
     history: dict[str, list[Any]]
     rowsPerSecond: float
+    epochSeconds: list[float]
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -82,17 +99,20 @@ class Trainer(ABC):
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
 
-    def __call__(self, gang: GangContext) -> dict[str, Any]:
-        """Train on the dataset in the run directory; return :class:`Trained` as a dict."""
-        value = gang.run.readJson(MANIFEST)
+    def __call__(self, gang: GangContext, data: RunDir) -> dict[str, Any]:
+        """Train on the dataset in a directory; return :class:`Trained` as a dict."""
+        value = data.readJson(MANIFEST)
         if value is None:
             raise SparkNNError(
-                f"rank {gang.rank} on {gang.host} finds no dataset in {gang.run.url}: the store is not the "
+                f"rank {gang.rank} on {gang.host} finds no dataset in {data.url}: the store is not the "
                 "same directory there as on the driver. Set storeUrl to storage that all hosts share"
             )
         manifest = Manifest.fromDict(value)
-        validation = self._stream(gang, manifest, "validation") if manifest.validation else None
-        return asdict(self.train(gang, manifest, self._stream(gang, manifest, "train"), validation))
+        with closing(self._stream(gang, data, manifest, "train")) as train:
+            if not manifest.validation:
+                return asdict(self.train(gang, manifest, train, None))
+            with closing(self._stream(gang, data, manifest, "validation")) as validation:
+                return asdict(self.train(gang, manifest, train, validation))
 
     @abstractmethod
     def train(self, gang: GangContext, manifest: Manifest, data: Stream, validation: Stream | None) -> Trained:
@@ -110,9 +130,9 @@ class Trainer(ABC):
             This rank's share of the validation rows, of any size.
         """
 
-    def _stream(self, gang: GangContext, manifest: Manifest, split: Split) -> Stream:
+    def _stream(self, gang: GangContext, data: RunDir, manifest: Manifest, split: Split) -> Stream:
         return Stream(
-            gang.run,
+            data,
             manifest,
             split,
             rank=gang.rank,
@@ -120,7 +140,33 @@ class Trainer(ABC):
             batch=self.schedule.batch // gang.world,
             seed=self.schedule.seed,
             shuffle=self.schedule.shuffle and split == "train",
+            cache=self._cache(gang, manifest),
+            scratch=gang.scratch,
         )
+
+    def _cache(self, gang: GangContext, manifest: Manifest) -> Cache:
+        if self.schedule.cache != "auto":
+            return self.schedule.cache
+        strings = sum(tensor.size for tensor in manifest.tensors if not tensor.numeric)
+        rows = manifest.rows("train") + manifest.rows("validation")
+        needed = rows * (row_bytes(manifest.tensors) + strings * _STRING_BYTES)
+        # In the end each rank keeps all row groups. One epoch would not use what it keeps.
+        return "memory" if self.schedule.epochs > 1 and memory.fits(needed, gang.neighbours) else "none"
+
+
+def row_weights(block: Block, weights: dict[int, float]) -> np.ndarray | None:
+    """The weight of each row's loss: what its column says times what its class counts; None where all count alike."""
+    own = block.get("weight")
+    if not weights:
+        return own
+    labels = next(values for name, values in block.items() if name.partition(":")[0] == "label")
+    if labels.ndim > 1:
+        labels = labels.argmax(axis=-1) if labels.shape[-1] > 1 else labels[..., 0]
+    classes = labels.astype(np.int64)
+    table = np.ones(max(*weights, int(classes.max(initial=0))) + 1, np.float32)
+    table[list(weights)] = list(weights.values())
+    counted: np.ndarray = table[classes]
+    return counted if own is None else counted * own
 
 
 def check_digests(gang: GangContext, digest: bytes) -> None:

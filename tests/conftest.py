@@ -8,6 +8,7 @@ from pathlib import Path
 import cloudpickle
 import pytest
 
+from spark_nn.dataset.lease import shelf
 from spark_nn.doctor import javaProblem
 from tests import toy
 from tests.keras import models
@@ -91,6 +92,7 @@ def store(tmp_path):
     folder.mkdir()
     before = _temporary()
     yield str(folder)
+    shelf().clear()  # what the next fit might have used again
     left = [str(path.relative_to(folder)) for path in folder.rglob("*")]
     assert not left, f"left behind in the store: {left}"
     assert not _temporary() - before, "left behind in the temporary directory"

@@ -10,7 +10,7 @@ from pyspark.ml.linalg import Vectors, VectorUDT
 from pyspark.sql import types as T
 
 from spark_nn import columns
-from spark_nn.columns import Problem, Tensor, decode
+from spark_nn.columns import Invalid, Problem, Tensor, decode
 from spark_nn.errors import ColumnError
 
 SCHEMA = T.StructType(
@@ -26,6 +26,9 @@ SCHEMA = T.StructType(
         T.StructField("b", T.BooleanType()),
         T.StructField("dec", T.DecimalType(10, 2)),
         T.StructField("s", T.StringType()),
+        T.StructField("s2", T.StringType()),
+        T.StructField("bytes", T.BinaryType()),
+        T.StructField("words", T.ArrayType(T.StringType())),
         T.StructField("day", T.DateType()),
         T.StructField("when", T.TimestampType()),
     ]
@@ -33,22 +36,31 @@ SCHEMA = T.StructType(
 
 
 @pytest.mark.parametrize(
-    ("name", "form", "dtype", "width"),
+    ("name", "form", "dtype", "shape"),
     [
         ("v", "vector", "float32", None),
         ("floats", "array", "float32", None),
         ("ints", "array", "int32", None),
         ("longs", "array", "int64", None),
-        ("d", "scalars", "float32", 1),
+        ("d", "scalars", "float32", (1,)),
+        ("s", "scalars", "string", (1,)),
+        ("bytes", "scalars", "binary", (1,)),
+        ("words", "array", "string", None),
     ],
 )
-def test_features_from_one_column(name, form, dtype, width):
-    assert columns.features(SCHEMA, "featuresCol", [name]) == Tensor("features", (name,), form, dtype, width)
+def test_features_from_one_column(name, form, dtype, shape):
+    assert columns.features(SCHEMA, "featuresCol", [name]) == Tensor("features", (name,), form, dtype, 1, shape)
+
+
+def test_nested_arrays_are_inputs_of_several_dimensions():
+    assert columns.features(SCHEMA, "featuresCol", ["nested"], "features:image") == Tensor(
+        "features:image", ("nested",), "array", "float32", 2, None
+    )
 
 
 def test_features_from_scalar_columns():
     tensor = columns.features(SCHEMA, "inputCols", ["d", "i", "b", "dec"])
-    assert tensor == Tensor("features", ("d", "i", "b", "dec"), "scalars", "float32", 4)
+    assert tensor == Tensor("features", ("d", "i", "b", "dec"), "scalars", "float32", 1, (4,))
     assert Tensor.fromDict(tensor.toDict()) == tensor
 
 
@@ -56,17 +68,19 @@ def test_features_from_scalar_columns():
     ("name", "dtype"), [("d", "float32"), ("i", "int32"), ("l", "int64"), ("b", "float32"), ("dec", "float32")]
 )
 def test_labels_keep_whole_numbers_whole(name, dtype):
-    assert columns.label(SCHEMA, name) == Tensor("label", (name,), "scalar", dtype)
+    assert columns.label(SCHEMA, name) == Tensor("label", (name,), "scalar", dtype, 0, ())
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: columns.features(SCHEMA, "featuresCol", ["nope"]), r"featuresCol='nope'.*no such column.*v, floats"),
-        (lambda: columns.features(SCHEMA, "featuresCol", ["s"]), r"featuresCol='s' has type string.*StringIndexer"),
+        (lambda: columns.features(SCHEMA, "inputCols", ["d", "s"]), r"inputCols='s' has type string.*StringIndexer"),
+        (lambda: columns.features(SCHEMA, "inputCols", ["s", "bytes"]), r"inputCols='s' has type string"),
         (lambda: columns.features(SCHEMA, "inputCols", ["d", "v"]), r"inputCols='v' has type vector.*a number"),
         (lambda: columns.features(SCHEMA, "inputCols", ["day"]), r"type date.*unix_timestamp"),
-        (lambda: columns.features(SCHEMA, "featuresCol", ["nested"]), r"array<array<double>>"),
+        (lambda: columns.features(SCHEMA, "inputCols", ["d", "nested"]), r"array<array<double>>.*a number"),
+        (lambda: columns.label(SCHEMA, "words"), r"labelCol='words' has type array<string>"),
         (lambda: columns.label(SCHEMA, "s"), r"labelCol='s' has type string.*StringIndexer"),
         (lambda: columns.label(SCHEMA, "when"), r"labelCol='when' has type timestamp"),
         (lambda: columns.weight(SCHEMA, "b"), r"weightCol='b' has type boolean, but must be a number"),
@@ -84,52 +98,55 @@ def lists(rows, kind=None):
 
 
 def test_decode_arrays():
-    problems = Counter()
-    tensor = Tensor("features", ("x",), "array", "float32")
-    block = decode(lists([[1, 2], [3, 4], [5, 6]]), tensor, problems)
+    invalid = Invalid(3)
+    tensor = Tensor("features", ("x",), "array", "float32", 1, None)
+    block = decode(lists([[1, 2], [3, 4], [5, 6]]), tensor, invalid)
     np.testing.assert_array_equal(block, np.array([[1, 2], [3, 4], [5, 6]], np.float32))
     assert block.dtype == np.float32
-    sliced = decode(lists([[1, 2], [3, 4], [5, 6]])[1:], tensor, problems)
+    sliced = decode(lists([[1, 2], [3, 4], [5, 6]])[1:], tensor, invalid)
     np.testing.assert_array_equal(sliced, [[3, 4], [5, 6]])
-    assert not problems
+    assert not invalid.problems and not invalid.rows.any()
 
 
 @pytest.mark.parametrize(
     ("array", "tensor", "expected"),
     [
-        (lists([[1], None, None]), Tensor("features", ("x",), "array", "float32"), {("x", "null"): 2}),
-        (lists([[1, 2], [1]]), Tensor("features", ("x",), "array", "float32"), {("x", "width"): 1}),
-        (lists([[1, 2], [3, 4]]), Tensor("features", ("x",), "array", "float32", 3), {("x", "width"): 2}),
-        (lists([[1, None], [None, None]]), Tensor("features", ("x",), "array", "float32"), {("x", "null"): 2}),
+        (lists([[1], None, None]), Tensor("features", ("x",), "array", "float32", 1, None), {("x", "null"): 2}),
+        (lists([[1, 2], [1]]), Tensor("features", ("x",), "array", "float32", 1, None), {("x", "width"): 1}),
+        (lists([[1, 2], [3, 4]]), Tensor("features", ("x",), "array", "float32", 1, (3,)), {("x", "width"): 2}),
+        (lists([[1, None], [None, None]]), Tensor("features", ("x",), "array", "float32", 1, None), {("x", "null"): 2}),
         (
             lists([[1, np.nan], [2, 3], [np.nan, np.nan]]),
-            Tensor("features", ("x",), "array", "float32"),
+            Tensor("features", ("x",), "array", "float32", 1, None),
             {("x", "nan"): 2},
         ),
         (
             lists([[1, None], [None, None], [1, 2]]),
-            Tensor("features", ("a", "b"), "scalars", "float32", 2),
+            Tensor("features", ("a", "b"), "scalars", "float32", 1, (2,)),
             {("a", "null"): 1, ("b", "null"): 2},
         ),
         (
             lists([[1, np.nan], [1, 2]]),
-            Tensor("features", ("a", "b"), "scalars", "float32", 2),
+            Tensor("features", ("a", "b"), "scalars", "float32", 1, (2,)),
             {("b", "nan"): 1},
         ),
-        (pa.array([1, None], pa.int64()), Tensor("label", ("y",), "scalar", "int64"), {("y", "null"): 1}),
-        (pa.array([1, np.nan], pa.float32()), Tensor("label", ("y",), "scalar", "float32"), {("y", "nan"): 1}),
+        (pa.array([1, None], pa.int64()), Tensor("label", ("y",), "scalar", "int64", 0, ()), {("y", "null"): 1}),
+        (pa.array([1, np.nan], pa.float32()), Tensor("label", ("y",), "scalar", "float32", 0, ()), {("y", "nan"): 1}),
         (
             lists([[1, np.inf], [-np.inf, 3], [1, 2]]),
-            Tensor("features", ("x",), "array", "float32"),
+            Tensor("features", ("x",), "array", "float32", 1, None),
             {("x", "infinite"): 2},
         ),
-        (pa.array([1, -2], pa.float32()), Tensor("weight", ("w",), "scalar", "float32"), {("w", "negative"): 1}),
+        (pa.array([1, -2], pa.float32()), Tensor("weight", ("w",), "scalar", "float32", 0, ()), {("w", "negative"): 1}),
     ],
 )
 def test_rows_that_cannot_be_used_are_counted_by_column(array, tensor, expected):
-    problems = Counter()
-    assert decode(array, tensor, problems) is None
-    assert {(problem.column, problem.kind): rows for problem, rows in problems.items()} == expected
+    invalid = Invalid(len(array))
+    assert decode(array, tensor, invalid) is None
+    assert {(problem.column, problem.kind): rows for problem, rows in invalid.problems.items()} == expected
+    # Without the rows it names, the rest can be used.
+    rest = Invalid(int((~invalid.rows).sum()))
+    assert decode(array.filter(pa.array(~invalid.rows)), tensor, rest) is not None
 
 
 def test_the_error_says_how_many_rows_and_what_to_do():
@@ -172,8 +189,8 @@ def test_what_spark_hands_over_decodes_to_the_same_numbers(spark):
     tensors = [replace(tensor, name=f"t{i}") for i, (tensor, _) in enumerate(expected)]
     table = df.select(*(columns.expression(tensor) for tensor in tensors)).toArrow()
     for tensor, (_, values) in zip(tensors, expected, strict=True):
-        problems = Counter()
-        block = decode(table.column(tensor.name).combine_chunks(), tensor, problems)
-        assert not problems
+        invalid = Invalid(2)
+        block = decode(table.column(tensor.name).combine_chunks(), tensor, invalid)
+        assert not invalid.problems
         assert block.dtype == values.dtype
         np.testing.assert_array_equal(block, values)

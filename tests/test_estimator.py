@@ -120,8 +120,6 @@ def test_an_unused_prediction_is_never_computed(spark, store):
 
 
 def test_the_pandas_udf_of_older_spark_gives_the_same(spark, store):
-    from dataclasses import replace
-
     from spark_nn.columns import expression, features
     from spark_nn.scoring import Scorer
 
@@ -129,9 +127,7 @@ def test_the_pandas_udf_of_older_spark_gives_the_same(spark, store):
     fitted = (model := estimator(store).fit(df)).fitted
     expected = [row.prediction for row in model.transform(df).collect()]
     found = features(df.schema, "inputCols", ["a", "b"])
-    scorer = Scorer(
-        fitted.file.path.name, fitted.file.sha256, toy.load, replace(found), fitted.output, ("predictionCol",)
-    )
+    scorer = Scorer(fitted.file.path.name, fitted.file.sha256, toy.load, (found,), fitted.outputs, ("predictionCol",))
     udf = pandas_kind(scorer, "struct<predictionCol:double>")
     got = df.select(udf(expression(found)).alias("s")).select("s.predictionCol").collect()
     assert [row.predictionCol for row in got] == expected

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+from pyspark.sql import types as T
 
 from spark_nn import KerasEstimator
-from spark_nn.errors import ParamError
+from spark_nn.errors import ColumnError, ParamError
 
 
 def estimator(**kwargs):
@@ -76,11 +79,55 @@ def test_params_that_contradict_each_other(given, message):
         estimator(**given).checkTrainingParams()
 
 
-def test_one_input_only():
+SCHEMA = T.StructType([T.StructField(name, T.DoubleType()) for name in ("a", "b", "features", "label")])
+
+
+def test_columns_are_named_in_one_way_only():
     with pytest.raises(ParamError, match="featuresCol='f' and inputCols=.*both set"):
-        estimator(featuresCol="f", inputCols=["a"]).inputColumns()
-    assert estimator(inputCols=["a", "b"]).inputColumns() == ("inputCols", ["a", "b"])
-    assert estimator().inputColumns() == ("featuresCol", ["features"])
+        estimator(featuresCol="f", inputCols=["a"]).inputTensors(SCHEMA)
+    with pytest.raises(ParamError, match="inputCols=.* and inputs=.*both set"):
+        estimator(inputs={"x": "a"}, inputCols=["a"]).inputTensors(SCHEMA)
+    with pytest.raises(ParamError, match="labelCol='b' and labels=.*both set"):
+        estimator(labelCol="b", labels={"x": "a"}).labelTensors(SCHEMA)
+    with pytest.raises(ParamError, match=r"inputCols=\[\]"):
+        estimator(inputCols=[]).inputTensors(SCHEMA)
+
+
+def test_tensors_have_the_names_that_the_model_knows():
+    def names(tensors):
+        return {tensor.name: tensor.columns for tensor in tensors}
+
+    assert names(estimator().inputTensors(SCHEMA)) == {"features": ("features",)}
+    assert names(estimator(inputCols=["a", "b"]).inputTensors(SCHEMA)) == {"features": ("a", "b")}
+    several = estimator(inputs={"x": ["a", "b"], "y": "b"}, labels={"p": "a", "q": "label"})
+    assert names(several.inputTensors(SCHEMA)) == {"features:x": ("a", "b"), "features:y": ("b",)}
+    assert names(several.labelTensors(SCHEMA)) == {"label:p": ("a",), "label:q": ("label",)}
+    with pytest.raises(ColumnError, match=r"inputs\['x'\]='nope': the DataFrame has no such column"):
+        estimator(inputs={"x": "nope"}).inputTensors(SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"inputs": {}}, "inputs takes a dict with at least one entry"),
+        ({"inputs": {"x": []}}, r"inputs\['x'\] takes a column's name or a non-empty list"),
+        ({"inputs": {"x:y": "a"}}, "without ':'"),
+        ({"labels": {"x": ["a"]}}, r"labels\['x'\] takes a column's name, not"),
+        ({"classWeights": {"one": 1}}, "classWeights' class takes a whole number"),
+        ({"classWeights": {0: -1.0}}, "classWeights' weight=-1.0: must be at least 0"),
+        ({"cache": "yes"}, "cache='yes': must be one of 'auto', 'memory', 'disk', 'none'"),
+        ({"handleInvalid": "keep"}, "handleInvalid='keep': must be one of 'error', 'skip'"),
+    ],
+)
+def test_columns_weights_and_cache_are_checked(given, message):
+    with pytest.raises((TypeError, ParamError), match=message):
+        estimator(**given)
+
+
+def test_class_weights_come_back_from_json_as_they_were():
+    stage = estimator(classWeights={0: 1, np.int64(2): np.float32(0.5)})
+    assert stage.getClassWeights() == {0: 1.0, 2: 0.5}
+    assert estimator(classWeights=json.loads(json.dumps(stage.getClassWeights()))).getClassWeights() == {0: 1.0, 2: 0.5}
 
 
 def test_positional_arguments_and_unknown_names_are_refused():

@@ -64,7 +64,11 @@ def test_files_appear_whole_and_the_directory_goes_with_the_block(tmp_path, name
         run.put(local, "deep/er/file")
         run.get("deep/er/file", tmp_path / "back")
         assert (tmp_path / "back").read_bytes() == b"bytes"
-        assert sorted(path.name for path in Path(run.root).rglob("*") if path.is_file()) == ["a.json", "file"]
+        assert sorted(path.name for path in Path(run.root).rglob("*") if path.is_file()) == [
+            "a.json",
+            "alive",
+            "file",
+        ]
     assert not Path(run.root).exists()
 
 

@@ -81,9 +81,10 @@ class ToyTrainer(Trainer):
         return Trained(
             file=name,
             sha256=sha256,
-            output={"kind": "regression", "shape": [1], "logits": False},
+            outputs={"": {"kind": "regression", "shape": [1], "logits": False}},
             history=history,
             rowsPerSecond=gang.progress.state.rowsPerSecond,
+            epochSeconds=gang.progress.state.seconds,
         )
 
 

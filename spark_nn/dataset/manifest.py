@@ -6,14 +6,15 @@ It is the last file written. A directory without it holds no dataset.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from spark_nn.columns import Tensor
+from spark_nn.dataset.fingerprint import Fingerprint
 
 Split = Literal["train", "validation"]
 
-MANIFEST = "data/manifest.json"
+MANIFEST = "manifest.json"
 _VERSION = 1
 
 
@@ -24,7 +25,7 @@ class Group:
     Parameters
     ----------
     file : str
-        Name of its file, below the run directory.
+        Name of its file, below the dataset's directory.
     index : int
         Its place in the file.
     rows : int
@@ -45,15 +46,21 @@ class Manifest:
     tensors : tuple of Tensor
         The tensors of each row, all of known shape.
     group_rows : int
-        Rows of a full row group.
+        Rows of a full row group, of the largest where they differ.
     train, validation : tuple of Group
         The row groups of either split, in the order of the DataFrame's partitions.
+    content : Fingerprint
+        What the DataFrame held.
+    skipped : int
+        Rows that were left out because they cannot be used.
     """
 
     tensors: tuple[Tensor, ...]
     group_rows: int
     train: tuple[Group, ...]
     validation: tuple[Group, ...]
+    content: Fingerprint
+    skipped: int = 0
 
     def groups(self, split: Split) -> tuple[Group, ...]:
         """The row groups of a split."""
@@ -67,6 +74,10 @@ class Manifest:
         """The tensor of this name, None where the dataset has none."""
         return next((tensor for tensor in self.tensors if tensor.name == name), None)
 
+    def role(self, role: str) -> tuple[Tensor, ...]:
+        """The tensors of a role, in order."""
+        return tuple(tensor for tensor in self.tensors if tensor.role == role)
+
     def toDict(self) -> dict[str, Any]:
         """The manifest as JSON can hold it."""
 
@@ -79,6 +90,8 @@ class Manifest:
             "group_rows": self.group_rows,
             "train": plain(self.train),
             "validation": plain(self.validation),
+            "content": asdict(self.content),
+            "skipped": self.skipped,
         }
 
     @classmethod
@@ -89,4 +102,6 @@ class Manifest:
             group_rows=value["group_rows"],
             train=tuple(Group(*group) for group in value["train"]),
             validation=tuple(Group(*group) for group in value["validation"]),
+            content=Fingerprint(**value["content"]),
+            skipped=value["skipped"],
         )

@@ -1,4 +1,4 @@
-"""Driver side of materialising: DataFrame -> Parquet in the run directory, written once by the executors.
+"""Driver side of materialising: DataFrame -> Parquet in the store, written once by the executors.
 
 The driver plans the conversion, starts one job and writes the manifest from the tasks' reports. It never
 sees a row.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pyspark.sql import functions as F
+
 from spark_nn.columns import Problem, Tensor, expression, report
+from spark_nn.dataset.fingerprint import Fingerprint
 from spark_nn.dataset.manifest import MANIFEST, Group, Manifest, Split
 from spark_nn.dataset.writer import PartitionWriter, group_rows, stored
 from spark_nn.errors import ColumnError, DatasetError, StoreError
@@ -20,54 +23,66 @@ from spark_nn.store import RunDir
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
 
+# A DataFrame that Spark takes to be smaller is written where it lies: moving it costs more than one task's time.
+_SPREAD_BYTES = 64 << 20
 
-def materialize(
-    dataset: DataFrame,
-    tensors: list[Tensor],
-    run: RunDir,
-    *,
-    validationFraction: float,
-    seed: int,
-    shuffle: bool,
-    workers: int,
-) -> Manifest:
+
+@dataclass(frozen=True)
+class Spec:
+    """What to write of a DataFrame's rows; with the rows' content it decides what a dataset holds.
+
+    Parameters
+    ----------
+    tensors : tuple of Tensor
+        What to write of each row; a tensor named ``"validation"`` decides the split.
+    validationFraction : float
+        Share of the rows to hold back where no tensor decides; 0 for none.
+    seed : int
+        Seed of the split and of the shuffling.
+    shuffle : bool
+        Whether to mix the rows; False keeps their order.
+    skip : bool
+        Whether to leave out rows that cannot be used, and not refuse them all.
+    """
+
+    tensors: tuple[Tensor, ...]
+    validationFraction: float
+    seed: int
+    shuffle: bool
+    skip: bool
+
+    @property
+    def split(self) -> bool:
+        """Whether rows are held back for validation."""
+        return self.validationFraction > 0 or any(tensor.name == "validation" for tensor in self.tensors)
+
+
+def materialize(dataset: DataFrame, spec: Spec, run: RunDir) -> Manifest:
     """Write the tensors of every row, split into training and validation rows.
 
     Parameters
     ----------
     dataset : pyspark.sql.DataFrame
         The rows.
-    tensors : list of Tensor
-        What to write of each; a tensor named ``"validation"`` decides the split.
+    spec : Spec
+        What to write of them.
     run : RunDir
-        Where to write, in its folder ``data``.
-    validationFraction : float
-        Share of the rows to hold back where no tensor decides; 0 for none.
-    seed : int
-        Seed of the split and of the shuffling.
-    shuffle : bool
-        Whether to mix the rows that are written together.
-    workers : int
-        Ranks that will share the rows; each needs at least one.
+        Where to write.
 
     Returns
     -------
     Manifest
-        What was written; it stands in the run directory too.
+        What was written; it stands in the directory too.
 
     Raises
     ------
     ColumnError
         Rows hold what cannot be used: null, NaN, arrays of differing length.
-    DatasetError
-        There are too few rows.
     StoreError
         The executors do not share the store with the driver.
     """
     run.mkdir("data")
-    writer = PartitionWriter(run, tuple(tensors), validationFraction, seed, shuffle)
-    rows = dataset.select(*(expression(tensor) for tensor in tensors)).mapInArrow(writer, "report string").collect()
-    reports = [json.loads(row["report"]) for row in rows]
+    reports = _pass(dataset, spec, run)
     for task in reports:
         if "unshared" in task:
             raise StoreError(
@@ -75,17 +90,73 @@ def materialize(
                 "store is not the same directory there. Set storeUrl to storage that all hosts share"
             )
     _check_rows(reports)
-    known = _with_widths(stored(tensors), reports)
+    known = _with_shapes(stored(list(spec.tensors)), reports)
     manifest = Manifest(
         tensors=tuple(known),
-        group_rows=group_rows(known),
+        group_rows=max((task["group"] for task in reports), default=0) or group_rows(known),
         train=_groups(reports, "train"),
         validation=_groups(reports, "validation"),
+        content=_content(reports),
+        skipped=sum(task["skipped"] for task in reports),
     )
-    held_back = validationFraction > 0 or any(tensor.name == "validation" for tensor in tensors)
-    _check_count(manifest, workers, held_back)
     run.writeJson(MANIFEST, manifest.toDict())
     return manifest
+
+
+def look(dataset: DataFrame, spec: Spec) -> Fingerprint:
+    """The fingerprint that :func:`materialize` would find, for the price of a pass that writes nothing."""
+    return _content(_pass(dataset, spec, None))
+
+
+def check_count(manifest: Manifest, spec: Spec, workers: int) -> None:
+    """Check that every worker gets a row.
+
+    Raises
+    ------
+    DatasetError
+        There are too few rows.
+    """
+    for split, name in (("train", "training"), ("validation", "validation")):
+        rows = manifest.rows(split)  # type: ignore[arg-type]
+        if rows >= workers or (split == "validation" and not spec.split):
+            continue
+        raise DatasetError(
+            f"the DataFrame has {rows:,} {name} row{'s' if rows != 1 else ''} for numWorkers={workers}: "
+            "each worker needs at least one. Give more rows, hold back "
+            f"{'fewer' if split == 'train' else 'more'} of them for validation, or use fewer workers"
+            + (f" ({manifest.skipped:,} rows were skipped, see handleInvalid)" if manifest.skipped else "")
+        )
+
+
+def _pass(dataset: DataFrame, spec: Spec, run: RunDir | None) -> list[dict[str, Any]]:
+    """The reports of a pass over the rows, which are written where there is a directory to write them to."""
+    rows = dataset.select(*(expression(tensor) for tensor in spec.tensors))
+    if run is not None and spec.shuffle and (parts := _spread(dataset)):
+        # By a random number and not round-robin, which can leave partitions empty.
+        rows = rows.repartition(parts, F.rand(spec.seed))
+    writer = PartitionWriter(run, spec.tensors, spec.validationFraction, spec.seed, spec.shuffle, spec.skip)
+    return [json.loads(row["report"]) for row in rows.mapInArrow(writer, "report string").collect()]
+
+
+def _content(reports: list[dict[str, Any]]) -> Fingerprint:
+    return sum((Fingerprint(**task["content"]) for task in reports), Fingerprint())
+
+
+def _spread(dataset: DataFrame) -> int | None:
+    """How many partitions to spread the rows over before writing, None to write them where they lie.
+
+    Large data in fewer partitions than there are slots would be written by a few tasks while the others idle. Asked
+    only of plans that no shuffle feeds, as a shuffle has spread its rows already, and asking would run it.
+    """
+    if not hasattr(dataset, "_jdf"):  # Spark Connect shows no plan
+        return None
+    query = dataset._jdf.queryExecution()
+    if int(str(query.optimizedPlan().stats().sizeInBytes())) < _SPREAD_BYTES:
+        return None
+    if "Exchange" in query.executedPlan().toString():
+        return None
+    slots = int(dataset.sparkSession.sparkContext.defaultParallelism)
+    return slots if query.toRdd().getNumPartitions() < slots else None
 
 
 def _check_rows(reports: list[dict[str, Any]]) -> None:
@@ -97,22 +168,23 @@ def _check_rows(reports: list[dict[str, Any]]) -> None:
         raise report(problems)
 
 
-def _with_widths(tensors: list[Tensor], reports: list[dict[str, Any]]) -> list[Tensor]:
-    """The tensors with the widths that the tasks found, which must agree."""
+def _with_shapes(tensors: list[Tensor], reports: list[dict[str, Any]]) -> list[Tensor]:
+    """The tensors with the shapes that the tasks found, which must agree."""
     known = []
     for tensor in tensors:
-        if tensor.form != "scalar":
-            widths = sorted({task["widths"][tensor.name] for task in reports if task["files"]})
-            if len(widths) > 1:
+        if tensor.depth:
+            shapes = sorted({tuple(task["shapes"][tensor.name]) for task in reports if task["files"]})
+            if len(shapes) > 1:
+                found = ", ".join(" x ".join(map(str, shape)) for shape in shapes)
                 raise ColumnError(
-                    f"column {tensor.columns[0]!r} has rows of differing length, among them "
-                    f"{', '.join(map(str, widths))}: every row must have as many elements, pad or cut them"
+                    f"column {tensor.columns[0]!r} has rows of differing length, among them {found}: every row must "
+                    "have as many elements, pad or cut them"
                 )
-            if widths == [0]:
+            if shapes and 0 in shapes[0]:
                 raise ColumnError(
                     f"column {tensor.columns[0]!r} holds empty arrays: every row needs at least one element"
                 )
-            tensor = replace(tensor, width=widths[0] if widths else None)
+            tensor = replace(tensor, shape=shapes[0] if shapes else tensor.shape or (0,) * tensor.depth)
         known.append(tensor)
     return known
 
@@ -125,15 +197,3 @@ def _groups(reports: list[dict[str, Any]], split: Split) -> tuple[Group, ...]:
             file, rows = task["files"][split]
             groups += [Group(file, index, count) for index, count in enumerate(rows)]
     return tuple(groups)
-
-
-def _check_count(manifest: Manifest, workers: int, held_back: bool) -> None:
-    for split, name in (("train", "training"), ("validation", "validation")):
-        rows = manifest.rows(split)  # type: ignore[arg-type]
-        if rows >= workers or (split == "validation" and not held_back):
-            continue
-        raise DatasetError(
-            f"the DataFrame has {rows:,} {name} row{'s' if rows != 1 else ''} for numWorkers={workers}: "
-            "each worker needs at least one. Give more rows, hold back "
-            f"{'fewer' if split == 'train' else 'more'} of them for validation, or use fewer workers"
-        )

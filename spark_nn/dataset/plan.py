@@ -151,5 +151,17 @@ def epoch(
     return windows
 
 
+def skip(windows: Sequence[Window], rows: int) -> tuple[list[Window], int]:
+    """The windows that are left after a number of rows, and how many rows to leave out of the first of them.
+
+    A window is the least that can be left out unread, as its rows come mixed.
+    """
+    for place, window in enumerate(windows):
+        if rows < window.rows:
+            return list(windows[place:]), rows
+        rows -= window.rows
+    return [], 0
+
+
 def _window(slices: list[Slice], seed: int, number: int, rank: int, place: int, shuffle: bool) -> Window:
     return Window(tuple(slices), (seed, number, rank, place) if shuffle else None)

@@ -1,15 +1,21 @@
 """A rank's share of a dataset as NumPy batches, in the planned order, read ahead by Petastorm.
 
-Petastorm brings the machinery: a ventilator that hands out row groups no faster than they are used, and a
-pool of threads that read them. The worker in the pool is ours: it turns a row group into NumPy blocks without
-touching single rows. Blocks come back tagged with their place in the plan, are put in order, mixed window by
-window, and cut into batches that are slices of large blocks.
+Petastorm brings the machinery: a ventilator that hands out row groups no faster than they are used, a pool of
+threads that read them, a cache on the local disk. The worker in the pool is ours: it turns a row group into NumPy
+blocks without touching single rows. The blocks of a window are laid side by side, and each batch gathers its rows
+from there, whatever order the plan gives them, straight into memory of its own. What is gathered so fits into the
+processor's cache, and no row is copied twice.
+
+Every epoch counts its rows against the plan: a reader that loses some fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +24,16 @@ import pyarrow.parquet as pq
 from spark_nn.columns import Tensor
 from spark_nn.dataset import petastorm_compat, plan
 from spark_nn.dataset.manifest import Group, Manifest, Split
+from spark_nn.dataset.writer import unpack
 from spark_nn.errors import DatasetError
 from spark_nn.store import RunDir
 
 Block = dict[str, np.ndarray]
+Cache = Literal["none", "memory", "disk"]
+
+# More than one, so that one reads while another waits for the store.
+_THREADS = 2
+_DISK_LIMIT = 1 << 40  # bytes: the disk sets the limit, not the cache
 
 
 class Stream:
@@ -45,6 +57,11 @@ class Stream:
         Whether the order changes with the epoch; False keeps the order of the DataFrame.
     threads : int
         Threads that read. The order does not depend on them.
+    cache : {"none", "memory", "disk"}
+        What to keep of the row groups that were read: nothing, their decoded rows, or their bytes on the local disk.
+        The order does not depend on it. As row groups go from rank to rank with the epochs, a rank comes to keep all.
+    scratch : Path, optional
+        Folder for the cache on disk.
     """
 
     def __init__(
@@ -58,7 +75,9 @@ class Stream:
         batch: int,
         seed: int,
         shuffle: bool,
-        threads: int = 1,
+        threads: int = _THREADS,
+        cache: Cache = "none",
+        scratch: Path | None = None,
     ) -> None:
         self.run = run
         self.manifest = manifest
@@ -70,6 +89,8 @@ class Stream:
         self.shuffle = shuffle
         self.equal = split == "train"
         self.threads = threads
+        self._desk: _Desk = _Library(manifest.tensors, self.groups) if cache == "memory" else _Desk(manifest.tensors)
+        self._reading = _Reading(run, manifest.tensors, _disk_cache(scratch, split) if cache == "disk" else None)
 
     @property
     def rows(self) -> int:
@@ -83,8 +104,22 @@ class Stream:
         """Batches of an epoch on this rank."""
         return -(-self.rows // self.batch)
 
-    def epoch(self, number: int) -> Iterator[Block]:
+    def epoch(self, number: int, *, start: int = 0, batches: int = 1) -> Iterator[Block]:
         """The batches of an epoch, counted from 0: a block of each tensor by name.
+
+        Parameters
+        ----------
+        number : int
+            The epoch.
+        start : int
+            Batches to leave out at the beginning, as a training does that goes on in mid-epoch.
+        batches : int
+            Batches that come together as one block.
+
+        Yields
+        ------
+        dict of str to numpy.ndarray
+            Arrays of shape ``(batches * batch,) + shape`` that are the receiver's own; the last may have fewer rows.
 
         Raises
         ------
@@ -101,45 +136,62 @@ class Stream:
             equal=self.equal,
             window_rows=plan.WINDOW_GROUPS * self.manifest.group_rows,
         )
-        return _batches(self._windows(windows), self.batch)
+        left, skipped = plan.skip(windows, start * self.batch)
+        expected = max(0, self.rows - start * self.batch)
+        return self._blocks(left, skipped, batches * self.batch, expected)
 
-    def _windows(self, windows: Sequence[plan.Window]) -> Iterator[Block]:
-        """The rows of each window, mixed as planned."""
-        blocks = self._read([part for window in windows for part in window.slices])
-        names = [tensor.name for tensor in self.manifest.tensors]
-        for window in windows:
-            parts = [next(blocks) for _ in window.slices]
-            whole = {name: np.concatenate([part[name] for part in parts]) for name in names}
-            order = window.order()
-            yield whole if order is None else {name: values[order] for name, values in whole.items()}
-        for _ in blocks:
-            raise DatasetError("the reader delivered more than was planned")
+    def close(self) -> None:
+        """Give back what the cache holds."""
+        self._desk.close()
+        self._reading.close()
 
-    def _read(self, slices: Sequence[plan.Slice]) -> Iterator[Block]:
+    def _blocks(self, windows: Sequence[plan.Window], skipped: int, size: int, expected: int) -> Iterator[Block]:
+        wanted = [part for window in windows for part in self._desk.wanted(window)]
+        filled, delivered = 0, 0
+        block: Block = {}
+        with closing(self._read(wanted)) as arriving:
+            for window in windows:
+                arrays, rows = self._desk.lay(window, arriving)
+                place, skipped = skipped, 0
+                # Clipping never happens; it is the mode of `take` that needs no buffer.
+                while not filled and len(rows) - place >= size:
+                    taken = rows[place : place + size]
+                    place, delivered = place + size, delivered + size
+                    yield {name: array.take(taken, axis=0, mode="clip") for name, array in arrays.items()}
+                while place < len(rows):  # the rest of this window, or of a block that an earlier one began
+                    if not filled:
+                        block = {
+                            name: np.empty((size, *array.shape[1:]), array.dtype) for name, array in arrays.items()
+                        }
+                    taken = rows[place : place + size - filled]
+                    place, delivered = place + len(taken), delivered + len(taken)
+                    for name, array in arrays.items():
+                        array.take(taken, axis=0, out=block[name][filled : filled + len(taken)], mode="clip")
+                    filled = (filled + len(taken)) % size
+                    if not filled:
+                        yield block
+            if filled:
+                yield {name: array[:filled] for name, array in block.items()}
+            if delivered != expected or next(arriving, None) is not None:
+                raise self._defect(f"delivered {delivered} rows of {expected} planned")
+
+    def _read(self, slices: Sequence[plan.Slice]) -> Generator[Block, None, None]:
         """The blocks of the slices, in their order."""
+        if not slices:
+            return
         petastorm = petastorm_compat.load()
         pool = petastorm.ThreadPool(self.threads)
-        work = [
-            {"place": place, "group": self.groups[part.group], "start": part.start, "stop": part.stop}
-            for place, part in enumerate(slices)
-        ]
+        work = [{"group": self.groups[part.group], "start": part.start, "stop": part.stop} for part in slices]
         ventilator = petastorm.ConcurrentVentilator(
             pool.ventilate, work, max_ventilation_queue_size=plan.WINDOW_GROUPS + self.threads
         )
-        pool.start(_GroupReader, (self.run, self.manifest.tensors), ventilator=ventilator)
+        pool.start(_GroupReader, self._reading, ventilator=ventilator)
         try:
-            waiting: dict[int, Block] = {}
             for place, part in enumerate(slices):
-                while place not in waiting:
-                    try:
-                        arrived, block = pool.get_results()
-                    except petastorm.EmptyResultError:
-                        raise DatasetError(
-                            f"rank {self.rank} read {place} of {len(slices)} planned parts of the dataset "
-                            f"in {self.run.url}, then the reader ended: this is a defect, please report it"
-                        ) from None
-                    waiting[arrived] = block
-                block = waiting.pop(place)
+                try:
+                    block = pool.get_results()
+                except petastorm.EmptyResultError:
+                    raise self._defect(f"read {place} of {len(slices)} planned parts of it") from None
                 if any(len(values) != part.rows for values in block.values()):
                     raise DatasetError(
                         f"{self.groups[part.group].file} in {self.run.url} does not hold the rows of its "
@@ -150,27 +202,153 @@ class Stream:
             pool.stop()
             pool.join()
 
+    def _defect(self, what: str) -> DatasetError:
+        return DatasetError(
+            f"rank {self.rank} {what}, the dataset in {self.run.url}: this is a defect of spark_nn, please report it"
+        )
+
+
+class _Desk:
+    """Where the blocks of one window lie side by side while batches are gathered from them.
+
+    Parameters
+    ----------
+    tensors : tuple of Tensor
+        What a block holds.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+        self.arrays: Block = {}
+        self.room = 0
+
+    def wanted(self, window: plan.Window) -> Sequence[plan.Slice]:
+        """What must be read for a window."""
+        return window.slices
+
+    def lay(self, window: plan.Window, arriving: Iterator[Block]) -> tuple[Block, np.ndarray]:
+        """Take a window's blocks in; return the arrays they lie in and the window's rows there, in their order."""
+        if window.rows > self.room:
+            self._make_room(window.rows)
+        filled = 0
+        for part in window.slices:
+            self._copy(next(arriving), filled)
+            filled += part.rows
+        order = window.order()
+        return self.arrays, np.arange(window.rows) if order is None else order
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.arrays, self.room = {}, 0
+
+    def _make_room(self, rows: int) -> None:
+        # One area, used by one window after the other: fresh memory costs as much as the copy.
+        self.arrays = {tensor.name: np.empty((rows, *(tensor.shape or ())), tensor.numpy) for tensor in self.tensors}
+        self.room = rows
+
+    def _copy(self, block: Block, start: int) -> None:
+        for name, values in block.items():
+            self.arrays[name][start : start + len(values)] = values
+
+
+class _Library(_Desk):
+    """A desk large enough for all row groups, on which they stay: each is read once.
+
+    Parameters
+    ----------
+    tensors : tuple of Tensor
+        What a block holds.
+    groups : sequence of Group
+        All row groups. Memory that no row group has come to is not taken.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], groups: Sequence[Group]) -> None:
+        super().__init__(tensors)
+        self.groups = groups
+        self.starts = np.cumsum([0, *(group.rows for group in groups)])
+        self.held: set[int] = set()
+
+    def wanted(self, window: plan.Window) -> Sequence[plan.Slice]:
+        # Whole, for the part that this rank does not need now may be its part in the next epoch.
+        return [
+            plan.Slice(part.group, 0, self.groups[part.group].rows)
+            for part in window.slices
+            if part.group not in self.held
+        ]
+
+    def lay(self, window: plan.Window, arriving: Iterator[Block]) -> tuple[Block, np.ndarray]:
+        if not self.room:
+            self._make_room(int(self.starts[-1]))
+        for part in window.slices:
+            if part.group not in self.held:
+                self._copy(next(arriving), self.starts[part.group])
+                self.held.add(part.group)
+        rows = np.concatenate([self.starts[part.group] + np.arange(part.start, part.stop) for part in window.slices])
+        order = window.order()
+        return self.arrays, rows if order is None else rows[order]
+
+    def close(self) -> None:
+        super().close()
+        self.held.clear()
+
+
+def _disk_cache(scratch: Path | None, split: Split) -> Any:
+    """Petastorm's cache of bytes on the local disk."""
+    if scratch is None:
+        raise ValueError("a cache on disk needs a scratch folder")
+    cache = petastorm_compat.load().LocalDiskCache
+    return cache(str(scratch / f"cache-{split}"), _DISK_LIMIT, 0, eviction_policy="none")
+
+
+@dataclass
+class _Reading:
+    """What the threads of a stream's pools share."""
+
+    run: RunDir
+    tensors: Sequence[Tensor]
+    disk: Any
+
+    def __post_init__(self) -> None:
+        self.names = [tensor.name for tensor in self.tensors]
+        self.footers: dict[str, pq.FileMetaData] = {}
+        # Local files are read by Arrow itself, without the interpreter.
+        self.local = "file" in self.run.fs.protocol
+
+    def open(self, file: str) -> pq.ParquetFile:
+        """Open a file, reading its footer the first time only."""
+        path = self.run.path(file)
+        source = path if self.local else self.run.fs.open(path, "rb", cache_type="none")
+        parquet = pq.ParquetFile(source, metadata=self.footers.get(file), memory_map=False, pre_buffer=not self.local)
+        self.footers[file] = parquet.metadata
+        return parquet
+
+    def close(self) -> None:
+        """Remove what is on the local disk."""
+        if self.disk is not None:
+            self.disk.cleanup()
+
 
 class _GroupReader:
     """Petastorm's worker protocol: read row groups, publish NumPy blocks. One per thread of the pool."""
 
-    def __init__(self, worker_id: int, publish_func: Callable[[Any], None], args: Any) -> None:
+    def __init__(self, worker_id: int, publish_func: Callable[[Any], None], reading: _Reading) -> None:
         self.worker_id = worker_id
         self.publish_func = publish_func
-        self.run, self.tensors = args
-        self.names = [tensor.name for tensor in self.tensors]
-        self.path = ""
+        self.reading = reading
+        self.file = ""
         self.parquet: pq.ParquetFile | None = None
 
-    def process(self, place: int, group: Group, start: int, stop: int) -> None:
-        """Read rows `start` to `stop` of a row group and publish them with their place in the plan."""
-        if self.parquet is None or self.path != group.file:
-            self.shutdown()
-            self.parquet = pq.ParquetFile(self.run.fs.open(self.run.path(group.file), "rb"))
-            self.path = group.file
-        table = self.parquet.read_row_group(group.index, columns=self.names, use_threads=False)
-        block = {tensor.name: _unpack(table.column(tensor.name), tensor)[start:stop] for tensor in self.tensors}
-        self.publish_func((place, block))
+    def process(self, group: Group, start: int, stop: int) -> None:
+        """Read rows `start` to `stop` of a row group and publish them."""
+        disk = self.reading.disk
+        if disk is None:
+            table = self._table(group)
+        else:
+            # As plain bytes, which the cache stores as they are: nothing is ever unpickled.
+            stored = disk.get(f"{group.file}:{group.index}", lambda: _to_bytes(self._table(group)))
+            table = pa.ipc.open_stream(stored).read_all()
+        tensors = self.reading.tensors
+        self.publish_func({each.name: unpack(table.column(each.name), each)[start:stop] for each in tensors})
 
     def shutdown(self) -> None:
         """Close the file that is open."""
@@ -178,42 +356,15 @@ class _GroupReader:
             self.parquet.close(force=True)
             self.parquet = None
 
-
-def _unpack(column: pa.ChunkedArray, tensor: Tensor) -> np.ndarray:
-    """A column as a block of shape ``(rows,) + shape``, sharing Arrow's memory where it is in one piece."""
-    if tensor.form == "scalar":
-        return np.asarray(column.to_numpy())
-    dtype = np.dtype(tensor.dtype)
-    width = int(np.prod(tensor.shape))
-    pieces = [
-        np.frombuffer(chunk.buffers()[1], dtype, count=len(chunk) * width, offset=chunk.offset * width * dtype.itemsize)
-        for chunk in column.chunks
-    ]
-    flat = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-    return flat.reshape((-1, *tensor.shape))
+    def _table(self, group: Group) -> pa.Table:
+        if self.parquet is None or self.file != group.file:
+            self.shutdown()
+            self.parquet, self.file = self.reading.open(group.file), group.file
+        return self.parquet.read_row_group(group.index, columns=self.reading.names, use_threads=False)
 
 
-def _rows(block: Block) -> int:
-    return len(next(iter(block.values())))
-
-
-def _batches(blocks: Iterator[Block], size: int) -> Iterator[Block]:
-    """Cut blocks into batches of exactly `size` rows; only the last may have fewer."""
-    rest: Block | None = None
-    for block in blocks:
-        rows = _rows(block)
-        start = 0
-        if rest is not None:
-            start = min(size - _rows(rest), rows)
-            rest = {name: np.concatenate([rest[name], values[:start]]) for name, values in block.items()}
-            if _rows(rest) < size:
-                continue
-            yield rest
-            rest = None
-        stop = start + (rows - start) // size * size
-        for place in range(start, stop, size):
-            yield {name: values[place : place + size] for name, values in block.items()}
-        if stop < rows:
-            rest = {name: values[stop:] for name, values in block.items()}
-    if rest is not None:
-        yield rest
+def _to_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]

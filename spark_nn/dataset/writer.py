@@ -1,8 +1,8 @@
 """Executor side of materialising: one task writes its partition's rows to Parquet and reports what it wrote.
 
 Arrays of numbers are packed, one fixed-size binary value per row, which reads back as one NumPy array without
-decoding; single numbers are plain columns. Row groups have exactly the planned number of rows but for the
-last of a file. Spark may run a task twice: every attempt writes files of its own, and the manifest lists only
+decoding; single numbers and strings are plain columns. Row groups have exactly the planned number of rows but for
+the last of a file. Spark may run a task twice: every attempt writes files of its own, and the manifest lists only
 those that a successful attempt reported.
 """
 
@@ -13,7 +13,7 @@ import socket
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,21 +21,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark import TaskContext
 
-from spark_nn.columns import Problem, Tensor, decode
+from spark_nn.columns import Invalid, Problem, Tensor, decode, row_bytes
+from spark_nn.dataset.fingerprint import Fingerprint, hash_rows, mix
 from spark_nn.store import RunDir
 
 # Large enough that a read is one request worth its latency, small enough to mix many in memory.
 GROUP_BYTES = 4 << 20
 # Row groups whose rows are mixed with each other before they are written.
 SHUFFLE_GROUPS = 16
+# A codec has to halve the bytes to be worth its time: packed floats seldom shrink, encoded categories always do.
+_WORTHWHILE = 0.5
+_SAMPLE_BYTES = 1 << 20
 
 Block = dict[str, np.ndarray]
 
 
-def group_rows(tensors: list[Tensor]) -> int:
-    """Rows of a full row group: about :data:`GROUP_BYTES` of them."""
-    row_bytes = sum(np.dtype(t.dtype).itemsize * int(np.prod(t.shape)) for t in tensors)
-    return int(np.clip(GROUP_BYTES // max(row_bytes, 1), 1, 65_536))
+def group_rows(tensors: list[Tensor], other_bytes: float = 0.0) -> int:
+    """Rows of a full row group: about :data:`GROUP_BYTES` of them.
+
+    Parameters
+    ----------
+    tensors : list of Tensor
+        What is written, of known shape.
+    other_bytes : float
+        Bytes of a row's strings.
+    """
+    return int(np.clip(GROUP_BYTES // max(row_bytes(tensors) + other_bytes, 1), 1, 65_536))
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,7 @@ class PartitionWriter:
     Parameters
     ----------
     run : RunDir
-        Where the files go, in its folder ``data``.
+        Where the files go, in its folder ``data``; None only looks what the rows hold.
     tensors : tuple of Tensor
         The batches' columns, by name.
     fraction : float
@@ -54,13 +65,16 @@ class PartitionWriter:
         Seed of the split and of the shuffling.
     shuffle : bool
         Whether rows are mixed before they are written.
+    skip : bool
+        Whether to leave out rows that cannot be used, and not just report them.
     """
 
-    run: RunDir
+    run: RunDir | None
     tensors: tuple[Tensor, ...]
     fraction: float
     seed: int
     shuffle: bool
+    skip: bool = False
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Write the rows and yield one row with the report."""
@@ -78,20 +92,33 @@ class PartitionWriter:
         problems: Counter[Problem] = Counter()
         draw = np.random.default_rng((self.seed, partition))
         files: dict[str, _File] = {}
+        content, skipped, group = Fingerprint(), 0, 0
         try:
             for batch in batches:
-                if not batch.num_rows:
+                first, rows = content.rows, batch.num_rows
+                invalid = Invalid(rows)
+                block, known = _decode(batch, tensors, invalid)
+                if invalid.problems and self.skip:
+                    skipped += int(invalid.rows.sum())
+                    batch = batch.filter(pa.array(~invalid.rows))
+                    block, known = _decode(batch, tensors, Invalid(batch.num_rows))
+                elif invalid.problems:
+                    problems += invalid.problems
+                if problems or not batch.num_rows:
+                    content += Fingerprint(rows)
+                    continue  # where rows are refused the data will not be used: only count what is wrong with the rest
+                tensors = known
+                content += Fingerprint.of(self._hashes(block, tensors, partition, first), rows)
+                if self.run is None:
                     continue
-                block, tensors = _decode(batch, tensors, problems)
-                if problems:
-                    continue  # the data will not be used: only count what is wrong with the rest
+                group = group or group_rows(stored(tensors), _string_bytes(batch, tensors))
                 held_back = block.pop("validation", None)
                 if held_back is None and self.fraction > 0:
                     held_back = draw.random(batch.num_rows) < self.fraction
                 for split, mask in _splits(held_back):
                     if split not in files:
                         order = (self.seed, partition) if self.shuffle and split == "train" else None
-                        files[split] = _File(self.run, split, partition, stored(tensors), order)
+                        files[split] = _File(self.run, split, partition, stored(tensors), order, group)
                     files[split].add(block if mask is None else {n: b[mask] for n, b in block.items()})
             groups = {split: file.close() for split, file in files.items()}
         except BaseException:
@@ -101,9 +128,19 @@ class PartitionWriter:
         return {
             "partition": partition,
             "files": {split: [files[split].name, rows] for split, rows in groups.items() if rows},
-            "widths": {tensor.name: tensor.width for tensor in tensors},
+            "shapes": {tensor.name: tensor.shape for tensor in tensors},
+            "group": group,
             "problems": [[problem.column, problem.kind, rows] for problem, rows in problems.items()],
+            "skipped": skipped,
+            "content": asdict(content),
         }
+
+    def _hashes(self, block: Block, tensors: list[Tensor], partition: int, first: int) -> np.ndarray:
+        """A hash of each row; where the order is kept, a row's place is part of it."""
+        hashes = hash_rows(block, tensors)
+        if self.shuffle:
+            return hashes
+        return mix(hashes + mix(np.arange(first, first + len(hashes), dtype=np.uint64) + np.uint64(partition << 40)))
 
 
 def stored(tensors: list[Tensor]) -> list[Tensor]:
@@ -111,18 +148,58 @@ def stored(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor.name != "validation"]
 
 
-def _decode(batch: pa.RecordBatch, tensors: list[Tensor], problems: Counter[Problem]) -> tuple[Block, list[Tensor]]:
-    """Decode a batch; the first rows seen decide the widths that were open."""
+def pack(block: np.ndarray, tensor: Tensor) -> pa.Array:
+    """A block as an Arrow array: arrays of numbers as one fixed-size binary value per row."""
+    if not tensor.packed:
+        if tensor.depth == 0:
+            return pa.array(block, arrow_type(tensor))
+        array = pa.array(block.reshape(-1), arrow_type(replace(tensor, depth=0)))
+        return pa.FixedSizeListArray.from_arrays(array, tensor.size)
+    block = np.ascontiguousarray(block)
+    return pa.FixedSizeBinaryArray.from_buffers(arrow_type(tensor), len(block), [None, pa.py_buffer(block)])
+
+
+def unpack(column: pa.ChunkedArray, tensor: Tensor) -> np.ndarray:
+    """The block of shape ``(rows,) + shape`` that was packed; shares Arrow's memory where it is in one piece."""
+    if not tensor.packed:
+        if tensor.depth:
+            column = column.combine_chunks().flatten()
+        return np.asarray(column.to_numpy(zero_copy_only=False)).reshape((-1, *(tensor.shape or ())))
+    dtype, size = tensor.numpy, tensor.size
+    pieces = [
+        np.frombuffer(chunk.buffers()[1], dtype, count=len(chunk) * size, offset=chunk.offset * size * dtype.itemsize)
+        for chunk in column.chunks
+    ]
+    flat = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    return flat.reshape((-1, *(tensor.shape or ())))
+
+
+def arrow_type(tensor: Tensor) -> pa.DataType:
+    """The type that a tensor's rows have in Parquet."""
+    if tensor.packed:
+        return pa.binary(tensor.numpy.itemsize * tensor.size)
+    element = pa.from_numpy_dtype(tensor.numpy) if tensor.numeric else pa.type_for_alias(tensor.dtype)
+    return pa.list_(element, tensor.size) if tensor.depth else element
+
+
+def _decode(batch: pa.RecordBatch, tensors: list[Tensor], invalid: Invalid) -> tuple[Block, list[Tensor]]:
+    """Decode a batch; the first rows seen decide the shapes that were open."""
     block: Block = {}
     known = []
-    for array, tensor in zip(batch.columns, tensors, strict=True):
-        values = decode(array, tensor, problems)
+    for tensor in tensors:
+        values = decode(batch.column(tensor.name), tensor, invalid)
         if values is not None:
             block[tensor.name] = values
-            if tensor.form != "scalar" and tensor.width is None:
-                tensor = replace(tensor, width=values.shape[1])
+            if tensor.shape is None and len(values):
+                tensor = replace(tensor, shape=values.shape[1:])
         known.append(tensor)
     return block, known
+
+
+def _string_bytes(batch: pa.RecordBatch, tensors: list[Tensor]) -> float:
+    """Bytes of the strings in an average row."""
+    strings = [int(batch.column(tensor.name).nbytes) for tensor in tensors if not tensor.numeric]
+    return float(sum(strings) / batch.num_rows)
 
 
 def _splits(held_back: np.ndarray | None) -> list[tuple[str, np.ndarray | None]]:
@@ -143,19 +220,17 @@ class _File:
     partition: int
     tensors: list[Tensor]
     order: tuple[int, ...] | None
+    group: int
     blocks: list[Block] = field(default_factory=list)
     held: int = 0
     groups: list[int] = field(default_factory=list)
     chunks: int = 0
+    parquet: pq.ParquetWriter | None = None
 
     def __post_init__(self) -> None:
         self.name = f"data/{self.split}-{self.partition:05d}-{uuid.uuid4().hex}.parquet"
-        self.group = group_rows(self.tensors)
+        self.schema = pa.schema([pa.field(t.name, arrow_type(t), nullable=False) for t in self.tensors])
         self.sink = self.run.fs.open(self.run.path(self.name), "wb")
-        # Packed floats neither repeat nor compress enough to pay for a dictionary or a codec.
-        self.parquet = pq.ParquetWriter(
-            self.sink, _schema(self.tensors), compression="none", use_dictionary=False, write_statistics=False
-        )
 
     def add(self, block: Block) -> None:
         """Take rows; write those that fill a chunk of row groups."""
@@ -168,7 +243,8 @@ class _File:
         """Write the rest; return the rows of each row group."""
         if self.held:
             self._flush(self.held)
-        self.parquet.close()
+        if self.parquet is not None:
+            self.parquet.close()
         self.sink.close()
         return self.groups
 
@@ -183,28 +259,25 @@ class _File:
         order = None
         if self.order is not None:
             order = np.random.default_rng((*self.order, self.chunks)).permutation(rows)
-        columns = [_pack(chunk[t.name][:rows] if order is None else chunk[t.name][order]) for t in self.tensors]
-        table = pa.Table.from_arrays(columns, schema=_schema(self.tensors))
-        self.parquet.write_table(table, row_group_size=self.group)
+        columns = [pack(chunk[t.name][:rows] if order is None else chunk[t.name][order], t) for t in self.tensors]
+        if self.parquet is None:
+            self.parquet = pq.ParquetWriter(
+                self.sink,
+                self.schema,
+                compression={t.name: _codec(column) for t, column in zip(self.tensors, columns, strict=True)},
+                # Packed floats do not repeat; a dictionary would only be built to be thrown away.
+                use_dictionary=[t.name for t in self.tensors if not t.numeric],
+                write_statistics=False,
+            )
+        self.parquet.write_table(pa.Table.from_arrays(columns, schema=self.schema), row_group_size=self.group)
         self.groups += [min(self.group, rows - start) for start in range(0, rows, self.group)]
         self.chunks += 1
 
 
-def _schema(tensors: list[Tensor]) -> pa.Schema:
-    return pa.schema([pa.field(t.name, _arrow_type(t), nullable=False) for t in tensors])
-
-
-def _arrow_type(tensor: Tensor) -> pa.DataType:
-    dtype = np.dtype(tensor.dtype)
-    if tensor.form == "scalar":
-        return pa.from_numpy_dtype(dtype)
-    return pa.binary(dtype.itemsize * int(np.prod(tensor.shape)))
-
-
-def _pack(block: np.ndarray) -> pa.Array:
-    """A block as an Arrow array, shape ``(rows, width)`` as one fixed-size binary value per row."""
-    if block.ndim == 1:
-        return pa.array(block)
-    block = np.ascontiguousarray(block)
-    kind = pa.binary(block.dtype.itemsize * block.shape[1])
-    return pa.FixedSizeBinaryArray.from_buffers(kind, len(block), [None, pa.py_buffer(block)])
+def _codec(column: pa.Array) -> str:
+    """The codec for a column, tried on a sample of its first rows."""
+    buffer = column.slice(0, max(1, _SAMPLE_BYTES * len(column) // max(column.nbytes, 1))).buffers()[-1]
+    sample = buffer.slice(0, min(_SAMPLE_BYTES, buffer.size)) if buffer is not None else b""
+    if not len(sample):
+        return "none"
+    return "lz4" if len(pa.compress(sample, "lz4", asbytes=True)) < _WORTHWHILE * len(sample) else "none"

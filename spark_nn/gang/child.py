@@ -11,6 +11,7 @@ import struct
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import IO, Any
 
 import cloudpickle
@@ -38,7 +39,17 @@ def main() -> int:
     collective: Collective | None = None
     try:
         collective = _join(order)
-        context = GangContext(rank, collective.world, host, order["cpus"], run, collective, progress)
+        context = GangContext(
+            rank=rank,
+            world=collective.world,
+            host=host,
+            cpus=order["cpus"],
+            neighbours=order["neighbours"],
+            scratch=Path(order["scratch"]),
+            run=run,
+            collective=collective,
+            progress=progress,
+        )
         result = cloudpickle.loads(function)(context)
         progress.close()
         if rank == 0:

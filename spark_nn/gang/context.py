@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from spark_nn.gang.collective import Collective
 from spark_nn.gang.progress import Reporter
@@ -26,6 +27,10 @@ class GangContext:
         The host it runs on.
     cpus : int
         Cores that Spark gives it (``spark.task.cpus``).
+    neighbours : int
+        Ranks on this machine, this one included.
+    scratch : Path
+        A folder on the local disk that goes with the rank.
     run : RunDir
         The run directory, shared by all ranks and the driver.
     collective : Collective
@@ -38,6 +43,8 @@ class GangContext:
     world: int
     host: str
     cpus: int
+    neighbours: int
+    scratch: Path
     run: RunDir
     collective: Collective
     progress: Reporter

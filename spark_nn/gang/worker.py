@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 import pyarrow as pa
-from pyspark import BarrierTaskContext
+from pyspark import BarrierTaskContext, SparkFiles
 
 from spark_nn.errors import ClusterError
 from spark_nn.gang.collective import listen
@@ -80,6 +80,7 @@ class GangTask:
                     "rank": rank,
                     "host": host,
                     "cpus": context.cpus(),
+                    "neighbours": sum(other["host"] == host for other in cards),
                     "addresses": [other["address"] for other in cards],
                     "secret": self.secret.hex(),
                     "timeout": self.timeout,
@@ -100,8 +101,11 @@ class GangTask:
     def _guard(self, order: dict[str, Any], listener: socket.socket, env: dict[str, str]) -> None:
         """Run the child and wait for it; see to it that it leaves a failure where it fails."""
         rank, host = order["rank"], order["host"]
-        # A file without a name: it is gone with the process, whichever way that ends.
-        with tempfile.TemporaryFile() as log:
+        # Below Spark's own folder, which goes with the executor even if this task is killed. And a file without a
+        # name: it is gone with the process, whichever way that ends.
+        home = SparkFiles.getRootDirectory()
+        with tempfile.TemporaryDirectory(prefix="spark_nn-", dir=home) as scratch, tempfile.TemporaryFile() as log:
+            order["scratch"] = scratch
             child = subprocess.Popen(
                 [sys.executable, "-u", "-m", "spark_nn.gang.child"],
                 stdin=subprocess.PIPE,

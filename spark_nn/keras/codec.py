@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from spark_nn.errors import ParamError, SparkNNError
+from spark_nn.keras.describe import by_name
 
 SUFFIX = ".keras"
 _SLICE_BYTES = 16 << 20
@@ -101,7 +102,7 @@ def _stderr_muted() -> Iterator[None]:
         os.close(kept)
 
 
-def load_predictor(path: str, cpus: int) -> Callable[[np.ndarray], np.ndarray]:
+def load_predictor(path: str, cpus: int) -> Callable[[Any], Any]:
     """Executor side of scoring: the function that predicts a block of rows.
 
     Parameters
@@ -114,7 +115,8 @@ def load_predictor(path: str, cpus: int) -> Callable[[np.ndarray], np.ndarray]:
     Returns
     -------
     callable
-        Takes an array of shape ``(rows,) + input shape``, returns one of shape ``(rows,) + output shape``.
+        Takes an array of shape ``(rows,) + input shape``, returns one of shape ``(rows,) + output shape``; dicts of
+        such arrays by the model's names where there are several.
     """
     if "keras" not in sys.modules:
         # The model's file does not depend on the backend, but this function does.
@@ -141,12 +143,19 @@ def load_predictor(path: str, cpus: int) -> Callable[[np.ndarray], np.ndarray]:
     # Without autograph, which would leave generated files in the temporary directory: Keras layers need none.
     @tf.function(reduce_retracing=True, autograph=False)  # type: ignore[untyped-decorator]
     def forward(block: Any) -> Any:
-        return model(block, training=False)
+        return by_name(model, model(block, training=False))
 
-    def predict(block: np.ndarray) -> np.ndarray:
+    def predict(inputs: Any) -> Any:
+        arrays = inputs if isinstance(inputs, dict) else {"": inputs}
+        total = len(next(iter(arrays.values())))
         # What a layer puts out may be a hundred times its input: images go through in smaller slices than rows.
-        rows = int(np.clip(_SLICE_BYTES // max(block[:1].nbytes, 1), 32, 4096))
-        slices = [forward(tf.convert_to_tensor(block[i : i + rows])).numpy() for i in range(0, len(block), rows)]
-        return slices[0] if len(slices) == 1 else np.concatenate(slices)
+        row = max(1, sum(array[:1].nbytes for array in arrays.values()))
+        rows = int(np.clip(_SLICE_BYTES // row, 32, 4096))
+        slices = []
+        for start in range(0, total, rows):
+            part = {name: tf.convert_to_tensor(array[start : start + rows]) for name, array in arrays.items()}
+            slices.append(forward(part if isinstance(inputs, dict) else part[""]))
+        outputs = {name: np.concatenate([each[name].numpy() for each in slices]) for name in slices[0]}
+        return outputs.get("", outputs)
 
     return predict

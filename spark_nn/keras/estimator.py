@@ -84,11 +84,16 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
     metrics : list, optional
         As ``compile`` takes them. Default: the compiled model's own.
     featuresCol : str, default ``"features"``
-        A Vector or array column that holds the model's single input.
+        The column that holds the model's single input: a Vector, an array (nested for more dimensions), a number, a
+        string or binary, for models that begin with preprocessing layers.
     inputCols : list of str, optional
-        Numeric or boolean columns joined into the single input, in place of `featuresCol`.
+        Columns joined into the single input, in place of `featuresCol`: numbers and booleans, or strings.
+    inputs : dict, optional
+        For models of several inputs, in place of both: each input's name, and its column or list of columns.
     labelCol : str, default ``"label"``
         What to predict: a number, or a Vector or array of numbers.
+    labels : dict, optional
+        For models of several outputs, in place of `labelCol`: each output's name, and its column.
     weightCol : str, optional
         Weight of each row's loss (>= 0).
     predictionCol, probabilityCol, rawPredictionCol : str, optional
@@ -97,6 +102,11 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         Share of the rows held back to measure after every epoch.
     validationIndicatorCol : str, optional
         A boolean column that says which rows to hold back.
+    handleInvalid : {"error", "skip"}, default ``"error"``
+        Whether rows with null, NaN, infinite numbers or arrays of another length end the fit, or are left out. The
+        model does the same with rows that it scores.
+    classWeights : dict, optional
+        How much the rows of each class count in the loss: class to weight, 1 for a class that is not named.
     epochs : int, default 1
         Passes over the rows.
     batchSize : int, default 32
@@ -114,6 +124,9 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         function that returns them. ``BackupAndRestore`` is refused, and ``TerminateOnNaN`` with several workers.
     storeUrl : str, optional
         Directory that driver and executors share, as a path or fsspec URL.
+    cache : {"auto", "memory", "disk", "none"}, default ``"auto"``
+        What each worker keeps of the rows that it has read: their decoded form in memory, their bytes on the local
+        disk, or nothing. ``"auto"`` is memory where the dataset fits into a quarter of what is free.
     verbose : {0, 1, 2}, default 1
         Progress on standard error: none, a live bar, a line per epoch.
 
@@ -122,7 +135,11 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
     The loss decides the output columns. Squared, absolute, Huber, log-cosh and Poisson errors on one unit
     give ``prediction`` (double); binary cross-entropy on one unit gives ``rawPrediction``, ``probability``
     (Vectors of 2) and ``prediction``; (sparse) categorical cross-entropy gives the same with one element per
-    class; anything else gives the model's output as an array in ``prediction``. ``from_logits`` is honoured.
+    class; anything else gives the model's output as an array in ``prediction``. ``from_logits`` is honoured. Of
+    several outputs each gives the same columns with its name, as ``prediction_price``.
+
+    The rows are written once to the store, in the order of the DataFrame or mixed by `seed`. Another fit on rows of
+    the same content, at the latest a minute later (Spark conf ``spark.nn.datasetIdleSeconds``), uses what is there.
 
     Examples
     --------
@@ -187,13 +204,17 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         metrics: list[Any] | None = None,
         featuresCol: str = "features",
         inputCols: list[str] | None = None,
+        inputs: dict[str, str | list[str]] | None = None,
         labelCol: str = "label",
+        labels: dict[str, str] | None = None,
         weightCol: str | None = None,
         predictionCol: str = "prediction",
         probabilityCol: str = "probability",
         rawPredictionCol: str = "rawPrediction",
         validationFraction: float = 0.0,
         validationIndicatorCol: str | None = None,
+        handleInvalid: str = "error",
+        classWeights: dict[int, float] | None = None,
         epochs: int = 1,
         batchSize: int = 32,
         numWorkers: int = 1,
@@ -201,6 +222,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         seed: int | None = None,
         callbacks: Any = None,
         storeUrl: str | None = None,
+        cache: str = "auto",
         verbose: int = 1,
     ) -> None:
         super().__init__()
@@ -219,13 +241,17 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         metrics: list[Any] | None = None,
         featuresCol: str = "features",
         inputCols: list[str] | None = None,
+        inputs: dict[str, str | list[str]] | None = None,
         labelCol: str = "label",
+        labels: dict[str, str] | None = None,
         weightCol: str | None = None,
         predictionCol: str = "prediction",
         probabilityCol: str = "probability",
         rawPredictionCol: str = "rawPrediction",
         validationFraction: float = 0.0,
         validationIndicatorCol: str | None = None,
+        handleInvalid: str = "error",
+        classWeights: dict[int, float] | None = None,
         epochs: int = 1,
         batchSize: int = 32,
         numWorkers: int = 1,
@@ -233,6 +259,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         seed: int | None = None,
         callbacks: Any = None,
         storeUrl: str | None = None,
+        cache: str = "auto",
         verbose: int = 1,
     ) -> E:
         """Set the params that are given; None stands for not given."""
@@ -312,12 +339,16 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
                 "'binary_crossentropy', or compile the model"
             )
         # A subclassed model does not know its inputs before it is called.
-        inputs, outputs = (getattr(model, name, None) or [None] for name in ("inputs", "outputs"))
-        if len(inputs) != 1 or len(outputs) != 1:
-            raise ParamError(
-                f"model has {len(inputs)} inputs and {len(outputs)} outputs; a KerasEstimator trains models with one "
-                "of each"
-            )
+        inputs = [tensor.name for tensor in getattr(model, "inputs", None) or []] or [None]
+        outputs = getattr(model, "output_names", None) or [None]
+        for kind, setting, names in (("input", "inputs", inputs), ("output", "labels", outputs)):
+            given = list(self.getOrDefault(setting)) if self.isSet(setting) else [None]
+            if len(names) != len(given) or (len(names) > 1 and set(names) != set(given)):
+                raise ParamError(
+                    f"model has the {kind}s {', '.join(map(repr, names))}, and {setting} names "
+                    f"{', '.join(map(repr, given)) if given != [None] else 'none'}: set {setting} to a dict of each "
+                    f"{kind}'s name and its column"
+                )
 
     def _trainer(self, schedule: Schedule, run: RunDir) -> KerasTrainer:
         def given(name: str) -> Any:

@@ -6,13 +6,11 @@ The driver imports this module to describe the training; Keras and TensorFlow ar
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, ClassVar
-
-import numpy as np
 
 from spark_nn.columns import Tensor
 from spark_nn.dataset.manifest import Manifest
@@ -20,20 +18,12 @@ from spark_nn.dataset.stream import Stream
 from spark_nn.errors import ParamError
 from spark_nn.gang.context import GangContext
 from spark_nn.keras import codec
+from spark_nn.keras.describe import describe_outputs
+from spark_nn.keras.feed import Feed
 from spark_nn.trainer import Schedule, Trained, Trainer, check_digests, publish
 
 # Where the driver leaves a model instance for the ranks.
 INITIAL_MODEL = "initial.keras"
-# Losses whose models predict a number.
-_REGRESSION = {
-    "meansquarederror",
-    "meanabsoluteerror",
-    "meanabsolutepercentageerror",
-    "meansquaredlogarithmicerror",
-    "huber",
-    "logcosh",
-    "poisson",
-}
 
 
 @dataclass(frozen=True)
@@ -90,23 +80,25 @@ class KerasTrainer(Trainer):
 
         imported = time.monotonic()
         keras.utils.set_random_seed(self.schedule.seed % 2**32)
-        model = self._build(gang, manifest)
+        example = Feed(data).example()
+        model = self._build(gang, example, manifest.role("features"))
         self._compile(model, gang.world)
-        output = describe_output(model, manifest)
+        outputs = describe_outputs(model, example, manifest.role("label"))
+        order = tuple(outputs) if isinstance(model(example), (list, tuple)) and len(outputs) > 1 else None
+        feed = Feed(data, self.schedule.classWeights, order)
         if gang.rank == 0:
             codec.check_loadable(model)
         callbacks = self._callbacks(gang, validation is not None)
         sync = Synchroniser(model, gang.collective, gang.rank)
         sync.start_alike()
 
-        feed = _Feed(data)
         reporter = _reporter(gang, data, self.schedule.epochs)
         with sync.averaged_gradients():
             model.fit(
                 feed.dataset(),
                 epochs=self.schedule.epochs,
                 verbose=0,
-                validation_data=None if validation is None else _Feed(validation).dataset(),
+                validation_data=None if validation is None else Feed(validation, outputs=order).dataset(),
                 callbacks=[sync.callback(), feed.callback(), *callbacks, reporter],
             )
         check_digests(gang, sync.digest())
@@ -115,9 +107,10 @@ class KerasTrainer(Trainer):
         return Trained(
             file=file,
             sha256=sha256,
-            output=output,
+            outputs=outputs,
             history=gang.progress.state.history,
             rowsPerSecond=gang.progress.state.rowsPerSecond,
+            epochSeconds=gang.progress.state.seconds,
             seconds={
                 "import": imported - began,
                 "train": trained - imported,
@@ -125,7 +118,7 @@ class KerasTrainer(Trainer):
             },
         )
 
-    def _build(self, gang: GangContext, manifest: Manifest) -> Any:
+    def _build(self, gang: GangContext, example: Any, inputs: Sequence[Tensor]) -> Any:
         recipe = self.recipe
         if recipe.function is not None:
             model = recipe.function(**recipe.arguments)
@@ -136,8 +129,14 @@ class KerasTrainer(Trainer):
             with NamedTemporaryFile(suffix=codec.SUFFIX) as local:
                 gang.run.get(INITIAL_MODEL, Path(local.name))
                 model = codec.load_model(local.name, compiled=True)
-        if not model.built:
-            model(_example(manifest))
+        try:
+            model(example)  # builds what is not built yet
+        except Exception as error:
+            described = ", ".join(f"{each.name}: {each.dtype} {each.shape} from {each.columns}" for each in inputs)
+            raise ParamError(
+                f"the model does not take the input that the columns make ({described}; the shape is that of a row): "
+                f"{type(error).__name__}: {error}"
+            ) from error
         return model
 
     def _compile(self, model: Any, world: int) -> None:
@@ -197,58 +196,6 @@ class KerasTrainer(Trainer):
         return [callback for callback in callbacks if gang.rank == 0 or not isinstance(callback, outward)]
 
 
-class _Feed:
-    """A stream as a ``tf.data.Dataset``.
-
-    With its callback in place it reads the epoch that Keras is in; without, as for validation rows, always the first.
-
-    Parameters
-    ----------
-    stream : Stream
-        The batches.
-    """
-
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
-        self.epoch = 0
-
-    def dataset(self) -> Any:
-        """A dataset whose every iteration reads one epoch."""
-        import tensorflow as tf
-
-        shapes = {
-            tensor.name: tf.TensorSpec((None, *tensor.shape), tensor.dtype) for tensor in self.stream.manifest.tensors
-        }
-        dataset = tf.data.Dataset.from_generator(self._batches, output_signature=_arrange(shapes))
-        counted = dataset.apply(tf.data.experimental.assert_cardinality(self.stream.steps))
-        return counted.prefetch(2)
-
-    def callback(self) -> Any:
-        """The callback that tells the feed which epoch it is."""
-        import keras
-
-        return keras.callbacks.LambdaCallback(on_epoch_begin=self._begin)
-
-    def _begin(self, epoch: int, logs: Any) -> None:
-        self.epoch = epoch
-
-    def _batches(self) -> Iterator[tuple[Any, ...]]:
-        for block in self.stream.epoch(self.epoch):
-            yield _arrange(block)
-
-
-def _arrange(block: dict[str, Any]) -> tuple[Any, ...]:
-    """A block as Keras takes it: ``(x, y)`` or ``(x, y, sample_weight)``."""
-    return tuple(block[name] for name in ("features", "label", "weight") if name in block)
-
-
-def _example(manifest: Manifest) -> np.ndarray:
-    """One row of zeros of the model's input."""
-    tensor = manifest.tensor("features")
-    assert isinstance(tensor, Tensor)
-    return np.zeros((1, *tensor.shape), tensor.dtype)
-
-
 def _reporter(gang: GangContext, data: Stream, epochs: int) -> Any:
     """The callback that tells the driver how far training is; it comes last and sees global logs."""
     import keras
@@ -289,29 +236,3 @@ def _check_reduction(loss: Any) -> None:
                 f"loss {type(each).__name__} has reduction={reduction!r}, which several workers cannot share: use "
                 "'sum_over_batch_size' (Keras's default), or numWorkers=1"
             )
-
-
-def describe_output(model: Any, manifest: Manifest) -> dict[str, Any]:
-    """What the model puts out, read from its loss and the shape of its output."""
-    import keras
-
-    output = model(_example(manifest), training=False)
-    if not hasattr(output, "shape"):
-        raise ParamError(f"the model has {len(output)} outputs; a KerasEstimator trains models with one")
-    shape = tuple(int(size) for size in output.shape[1:])
-    given = model.loss
-    while isinstance(given, (list, tuple, dict)) and "class_name" not in given:
-        (given,) = given.values() if isinstance(given, dict) else given  # one output: one loss
-    loss = keras.losses.get(given)
-    name = getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
-    logits = bool(getattr(loss, "from_logits", False))
-    size = int(np.prod(shape))
-    if name in _REGRESSION and size == 1:
-        kind = "regression"
-    elif name == "binarycrossentropy" and size == 1:
-        kind = "binary"
-    elif name in ("categoricalcrossentropy", "sparsecategoricalcrossentropy") and len(shape) == 1:
-        kind = "multiclass"
-    else:
-        kind = "raw"
-    return {"kind": kind, "shape": list(shape), "logits": logits}

@@ -27,7 +27,12 @@ STAGES = [*ESTIMATORS, *MODELS]
 VALUES = {
     "featuresCol": "f",
     "inputCols": ["a", "b"],
+    "inputs": {"x": "a", "z": ["b", "c"]},
     "labelCol": "y",
+    "labels": {"out": "y"},
+    "handleInvalid": "skip",
+    "classWeights": {0: 1.0, 3: 2.5},
+    "cache": "disk",
     "weightCol": "w",
     "predictionCol": "p",
     "probabilityCol": "q",

@@ -6,12 +6,13 @@ import numpy as np
 import pyarrow as pa
 
 from spark_nn.columns import Tensor
+from spark_nn.dataset.fingerprint import Fingerprint
 from spark_nn.dataset.manifest import Group, Manifest
 from spark_nn.dataset.writer import PartitionWriter, group_rows
 from spark_nn.store import RunDir
 
-FEATURES = Tensor("features", ("x",), "array", "float32", 3)
-LABEL = Tensor("label", ("y",), "scalar", "int64")
+FEATURES = Tensor("features", ("x",), "array", "float32", 1, (3,))
+LABEL = Tensor("label", ("y",), "scalar", "int64", 0, ())
 
 
 def batch(first, rows):
@@ -42,5 +43,8 @@ def write(folder, partitions, *, fraction=0.0, seed=0, shuffle=False):
         for split, (file, counts) in report["files"].items():
             groups[split] += [Group(file, index, count) for index, count in enumerate(counts)]
     tensors = [FEATURES, LABEL]
-    manifest = Manifest(tuple(tensors), group_rows(tensors), tuple(groups["train"]), tuple(groups["validation"]))
+    content = Fingerprint(first)
+    manifest = Manifest(
+        tuple(tensors), group_rows(tensors), tuple(groups["train"]), tuple(groups["validation"]), content
+    )
     return run, Manifest.fromDict(manifest.toDict())

@@ -30,6 +30,38 @@ def plans(groups, world, **kwargs):
     ]
 
 
+@st.composite
+def partitions(draw):
+    """Row groups as a writer leaves them: up to 100,000 rows in partitions of any size, empty and skewed ones too."""
+    total = draw(st.integers(1, 100_000))
+    cuts = sorted(draw(st.lists(st.integers(0, total), max_size=12)))
+    full = draw(st.integers(1, 20_000))
+    sizes = np.diff([0, *cuts, total])
+    return [min(full, int(size) - start) for size in sizes for start in range(0, int(size), max(full, total // 200))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(partitions(), st.integers(1, 16), st.integers(0, 3), st.booleans())
+def test_any_dataset_is_shared_whole(groups, world, number, shuffle):
+    total = sum(groups)
+    if total < world:
+        return
+    read = plans(groups, world, number=number, seed=1, shuffle=shuffle)
+    assert {len(share) for share in read} == {-(-total // world)}
+    counts = np.bincount(np.concatenate(read), minlength=total)
+    assert counts.min() == 1
+    assert counts.sum() - total <= world - 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(partitions(), st.integers(0, 120_000))
+def test_skipping_leaves_the_rest_of_the_plan(groups, skipped):
+    windows = plan.epoch(groups, rank=0, world=1, number=1, seed=2, shuffle=True, window_rows=500)
+    left, first = plan.skip(windows, skipped)
+    assert rows(left, groups)[first:].tolist() == rows(windows, groups)[skipped:].tolist()
+    assert not left or first < left[0].rows
+
+
 @settings(max_examples=150, deadline=None)
 @given(GROUPS, st.integers(1, 16), st.integers(0, 5), st.integers(0, 2**63), st.booleans())
 def test_ranks_read_equally_much_and_every_row(groups, world, number, seed, shuffle):

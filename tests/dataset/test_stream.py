@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from spark_nn.dataset import writer
+from spark_nn.dataset import petastorm_compat, writer
 from spark_nn.dataset.stream import Stream
 from spark_nn.errors import DatasetError
 from tests.dataset.helpers import write
@@ -16,6 +16,13 @@ pytestmark = pytest.mark.timeout(120)
 def small_groups(monkeypatch):
     # Row groups of 100 rows, so that small data has many of them.
     monkeypatch.setattr(writer, "GROUP_BYTES", 100 * (3 * 4 + 8))
+
+
+@pytest.fixture(params=["none", "memory", "disk"])
+def cache(request, tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    return {"cache": request.param, "scratch": scratch}
 
 
 def stream(run, manifest, split="train", **kwargs):
@@ -112,3 +119,131 @@ def test_leaving_an_epoch_early_ends_the_readers(tmp_path):
     assert threading.active_count() > before
     batches.close()
     assert threading.active_count() == before
+
+
+def test_no_cache_changes_the_order_and_what_is_kept_is_not_read_again(tmp_path, cache):
+    run, manifest = write(tmp_path, [1000, 500], shuffle=True)
+    plain = stream(run, manifest, shuffle=True)
+    expected = [labels(plain.epoch(number)) for number in range(3)]
+    kept = stream(run, manifest, shuffle=True, threads=3, **cache)
+    assert labels(kept.epoch(0)) == expected[0]
+    for path in (tmp_path / "data").glob("*.parquet"):
+        path.unlink()
+    if cache["cache"] == "none":
+        with pytest.raises(FileNotFoundError):
+            labels(kept.epoch(1))
+    else:
+        assert [labels(kept.epoch(number)) for number in (1, 2)] == expected[1:]
+    kept.close()
+    assert list(cache["scratch"].iterdir()) == []
+
+
+def test_what_is_on_disk_is_never_unpickled(tmp_path, monkeypatch):
+    run, manifest = write(tmp_path, [500])
+    kept = stream(run, manifest, cache="disk", scratch=tmp_path / "scratch")
+    labels(kept.epoch(0))
+    import pickle
+
+    monkeypatch.setattr(pickle, "load", lambda *_, **__: pytest.fail("unpickled"))
+    monkeypatch.setattr(pickle, "loads", lambda *_, **__: pytest.fail("unpickled"))
+    monkeypatch.setattr(pickle, "Unpickler", lambda *_, **__: pytest.fail("unpickled"))
+    assert sum(labels(kept.epoch(1)), []) == list(range(500))
+    kept.close()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_that_keep_rows_get_their_share_of_every_epoch(tmp_path, world):
+    """With a new assignment each epoch, what a rank has kept is only a part of its next share."""
+    run, manifest = write(tmp_path, [700, 1, 331], shuffle=True)
+    ranks = [stream(run, manifest, rank=rank, world=world, shuffle=True) for rank in range(world)]
+    keeping = [stream(run, manifest, rank=rank, world=world, shuffle=True, cache="memory") for rank in range(world)]
+    for number in range(4):
+        for plain, kept in zip(ranks, keeping, strict=True):
+            assert labels(kept.epoch(number)) == labels(plain.epoch(number))
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_goes_on_where_it_stopped(tmp_path, shuffle, cache):
+    run, manifest = write(tmp_path, [5000, 331], shuffle=shuffle)
+    whole = labels(stream(run, manifest, shuffle=shuffle).epoch(1))
+    kept = stream(run, manifest, shuffle=shuffle, **cache)
+    for start in (0, 1, 26, 27, len(whole) - 1, len(whole)):
+        assert labels(kept.epoch(1, start=start)) == whole[start:]
+    kept.close()
+
+
+def test_going_on_reads_no_window_that_lies_before(tmp_path, monkeypatch):
+    run, manifest = write(tmp_path, [5000])
+    read = []
+    original = Stream._read
+
+    def counting(self, slices):
+        read.extend(slices)
+        return original(self, slices)
+
+    monkeypatch.setattr(Stream, "_read", counting)
+    labels(stream(run, manifest).epoch(0, start=60))  # 3,840 rows on, in the third of four windows
+    assert sum(part.rows for part in read) == 1800
+
+
+@pytest.mark.parametrize("batches", [2, 7, 1000])
+def test_blocks_are_the_same_batches_side_by_side(tmp_path, batches, cache):
+    run, manifest = write(tmp_path, [1000, 531], shuffle=True)
+    expected = labels(stream(run, manifest, shuffle=True).epoch(2))
+    kept = stream(run, manifest, shuffle=True, **cache)
+    got = labels(kept.epoch(2, batches=batches))
+    assert got == [sum(expected[at : at + batches], []) for at in range(0, len(expected), batches)]
+    kept.close()
+
+
+def test_batches_are_the_receivers_own(tmp_path, cache):
+    run, manifest = write(tmp_path, [4000])
+    kept = stream(run, manifest, **cache)
+    got = list(kept.epoch(0))
+    for block in got:
+        block["label"] += 1  # neither other batches nor what is kept may notice
+    assert sum(labels(got), []) == list(range(1, 4001))
+    assert sum(labels(kept.epoch(0)), []) == list(range(4000))
+    kept.close()
+
+
+def test_two_hundred_reads_of_many_row_groups_lose_no_row(tmp_path):
+    run, manifest = write(tmp_path, [3000, 17, 2000])
+    for number in range(200):
+        got = stream(run, manifest, threads=1 + number % 3, shuffle=True).epoch(number)
+        assert sum(len(block["label"]) for block in got) == 5017
+
+
+def test_rows_that_a_reader_loses_are_an_error(tmp_path, monkeypatch):
+    run, manifest = write(tmp_path, [3000])
+    original = Stream._read
+
+    def losing(self, slices):
+        blocks = list(original(self, slices))
+        yield from blocks[:-1]
+
+    def doubling(self, slices):
+        for block in original(self, slices):
+            yield block
+        yield block
+
+    monkeypatch.setattr(Stream, "_read", doubling)
+    with pytest.raises(DatasetError, match="rank 0 delivered 3000 rows of 3000 planned.*a defect"):
+        list(stream(run, manifest).epoch(0))
+    monkeypatch.setattr(Stream, "_read", losing)
+    with pytest.raises((DatasetError, RuntimeError)):
+        list(stream(run, manifest).epoch(0))
+    monkeypatch.setattr(Stream, "_read", original)
+    pool = petastorm_compat.load().ThreadPool
+    taken = pool.get_results
+
+    def ending(self):
+        ending.calls += 1
+        if ending.calls > 12:
+            raise petastorm_compat.load().EmptyResultError
+        return taken(self)
+
+    ending.calls = 0
+    monkeypatch.setattr(pool, "get_results", ending)
+    with pytest.raises(DatasetError, match="rank 0 read 12 of 30 planned parts"):
+        list(stream(run, manifest).epoch(0))

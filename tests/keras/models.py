@@ -26,6 +26,33 @@ def embedding(optimizer="adam"):
     return model
 
 
+def several(vocabulary):
+    """An image, a word, a sentence and two numbers in; a price and a class out."""
+    import keras
+
+    image = keras.Input((6, 5), name="image")
+    word = keras.Input((1,), dtype="string", name="word")
+    text = keras.Input((1,), dtype="string", name="text")
+    numbers = keras.Input((2,), name="numbers")
+    pixels = keras.layers.Flatten()(keras.layers.Conv2D(2, 3)(keras.layers.Reshape((6, 5, 1))(image)))
+    index = keras.layers.StringLookup(vocabulary=vocabulary)(word)
+    looked_up = keras.layers.Flatten()(keras.layers.Embedding(len(vocabulary) + 1, 3)(index))
+    tokens = keras.layers.TextVectorization(vocabulary=vocabulary, output_sequence_length=4)(text)
+    read = keras.layers.GlobalAveragePooling1D()(keras.layers.Embedding(len(vocabulary) + 2, 3)(tokens))
+    joined = keras.layers.Concatenate()([pixels, looked_up, read, numbers])
+    price = keras.layers.Dense(1, name="price")(joined)
+    kind = keras.layers.Dense(3, "softmax", name="kind")(joined)
+    return keras.Model([image, word, text, numbers], [price, kind])
+
+
+def hashing():
+    import keras
+
+    inputs = keras.Input((1,), dtype="string")
+    bins = keras.layers.Hashing(8, output_mode="one_hot")(inputs)
+    return keras.Model(inputs, keras.layers.Dense(1)(bins))
+
+
 def with_lambda():
     import keras
 

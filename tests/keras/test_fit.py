@@ -345,7 +345,7 @@ def test_models_that_cannot_be_trained_are_refused_on_the_driver(spark, store):
         KerasEstimator(model=native, loss="mse", modelParams={"units": 1}).fit(data(spark))
     with pytest.raises(ParamError, match="modelParams=.*'unit'.* are not arguments of the function .*'unit'"):
         KerasEstimator(model=models.mlp, loss="mse", modelParams={"unit": 1}).fit(data(spark))
-    first, second = keras.Input((1,)), keras.Input((1,))
+    first, second = keras.Input((1,), name="first"), keras.Input((1,), name="second")
     two = keras.Model([first, second], keras.layers.Dense(1)(keras.layers.Concatenate()([first, second])))
-    with pytest.raises(ParamError, match="model has 2 inputs and 1 outputs"):
+    with pytest.raises(ParamError, match="model has the inputs 'first', 'second', and inputs names none: set"):
         KerasEstimator(model=two, loss="mse").fit(data(spark))

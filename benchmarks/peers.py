@@ -1,0 +1,121 @@
+"""What `stream.py` and `train.py` share: the rows, who writes and reads them, and a process for each measurement."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+from pyspark.sql import DataFrame, SparkSession
+
+from spark_nn import columns
+from spark_nn.dataset import petastorm_compat
+from spark_nn.dataset.manifest import MANIFEST, Manifest
+from spark_nn.dataset.materialize import Spec, materialize
+from spark_nn.dataset.stream import Stream
+from spark_nn.store import RunDir
+
+FEATURES = 100
+BATCH = 256
+# Rows of a row group in the files that Spark writes; the 4 MB groups of the packed files hold about as many.
+GROUP_ROWS = 10_000
+
+
+def session() -> SparkSession:
+    """Spark on this machine."""
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    builder = SparkSession.builder.master("local[2]").config("spark.ui.enabled", False)
+    spark = builder.config("spark.ui.showConsoleProgress", False).getOrCreate()
+    spark.sparkContext.setLogLevel("ERROR")
+    return spark
+
+
+def made(spark: SparkSession, rows: int, path: str) -> str:
+    """Write rows as Spark does by default, an array of floats and a label each; return the path."""
+
+    # Nested, so that it travels to Spark's Python workers by value: they do not find this file.
+    def draw(batches: Iterator[Any]) -> Iterator[Any]:
+        import pyarrow as pa
+
+        for batch in batches:
+            seed = batch.column(0)[0].as_py()
+            x = np.random.default_rng(seed).standard_normal((batch.num_rows, FEATURES), np.float32)
+            offsets = pa.array(np.arange(0, x.size + 1, FEATURES, dtype=np.int32))
+            lists = pa.ListArray.from_arrays(offsets, pa.array(x.reshape(-1)))
+            yield pa.RecordBatch.from_arrays([lists, pa.array(x[:, 0] * x[:, 1] + x[:, 2])], ["features", "label"])
+
+    df = spark.range(rows).mapInArrow(draw, "features array<float>, label float")
+    df.write.option("parquet.block.row.count.limit", GROUP_ROWS).parquet(path)
+    return path
+
+
+def spec(df: DataFrame) -> Spec:
+    """What a fit writes of the columns `features` and `label`."""
+    tensors = (columns.features(df.schema, "featuresCol", ["features"]), columns.label(df.schema, "label"))
+    return Spec(tensors, validationFraction=0.0, seed=1, shuffle=True, skip=False)
+
+
+def written(df: DataFrame, url: str) -> None:
+    """Write the rows as a fit does."""
+    run = RunDir(url)
+    run.mkdir("data")
+    materialize(df, spec(df), run)
+
+
+def opened(url: str, threads: int, cache: str) -> Stream:
+    """The stream of what :func:`written` wrote."""
+    run = RunDir(url)
+    manifest = Manifest.fromDict(run.readJson(MANIFEST))
+    return Stream(
+        run, manifest, "train", rank=0, world=1, batch=BATCH, seed=1, shuffle=True, threads=threads, cache=cache
+    )
+
+
+def stock_reader(path: str, threads: int, epochs: int | None) -> Any:
+    """Petastorm's own reader of plain Parquet, row groups shuffled.
+
+    The layer that lets Petastorm run on today's pyarrow replaces the part of its thread pool that loses rows; all
+    that reads and converts is Petastorm's own.
+    """
+    petastorm_compat.install()
+    from petastorm import make_batch_reader
+
+    return make_batch_reader(
+        f"file://{path}",
+        reader_pool_type="thread",
+        workers_count=threads,
+        shuffle_row_groups=True,
+        num_epochs=epochs,
+    )
+
+
+def settle(folder: str) -> None:
+    """Keep this process's temporary files in a folder."""
+    tempfile.tempdir = folder
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a fresh process, which shares neither memory nor warmed-up libraries with another call."""
+    # Such a process ends without its exit handlers, and TensorFlow would leave files behind.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), settle, (folder,)) as pool,
+    ):
+        return pool.submit(function, *arguments).result()
+
+
+def show(title: str, unit: str, rounds: Sequence[Mapping[str, float]], base: str) -> dict[str, float]:
+    """Print the median of each line and its ratio to that of the line `base`; return the medians."""
+    middle = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    width = max(map(len, middle)) + 2
+    print(f"\n{title}, median of {len(rounds)}")
+    print(f"{'':<{width}}{unit:>16}  ratio to {base}")
+    for name, value in middle.items():
+        print(f"{name:<{width}}{value:16,.2f}{value / middle[base]:10.2f}")
+    return middle

@@ -1,0 +1,97 @@
+"""Worker side: what a Keras model puts out, and which of Spark's columns suit it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from spark_nn.columns import Tensor
+from spark_nn.errors import ParamError
+
+# Losses whose models predict a number.
+_REGRESSION = {
+    "meansquarederror",
+    "meanabsoluteerror",
+    "meanabsolutepercentageerror",
+    "meansquaredlogarithmicerror",
+    "huber",
+    "logcosh",
+    "poisson",
+}
+
+
+def by_name(model: Any, outputs: Any) -> dict[str, Any]:
+    """What a model put out by its names for it; the only output by the empty name."""
+    if isinstance(outputs, dict):
+        return dict(outputs) if len(outputs) != 1 else {"": next(iter(outputs.values()))}
+    if not isinstance(outputs, (list, tuple)):
+        return {"": outputs}
+    names = getattr(model, "output_names", None) or [f"output_{place}" for place in range(len(outputs))]
+    return dict(zip(names, outputs, strict=True)) if len(outputs) != 1 else {"": outputs[0]}
+
+
+def describe_outputs(model: Any, example: Any, labels: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
+    """What a compiled model puts out, read from its losses and the shapes of its outputs.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Built and compiled.
+    example : tensor or dict of tensors
+        One row of its input.
+    labels : sequence of Tensor
+        What the columns offer it to learn.
+
+    Returns
+    -------
+    dict of str to dict
+        Arguments of :class:`spark_nn.outputs.Output` by the outputs' names.
+
+    Raises
+    ------
+    ParamError
+        There is no label for an output, or no output for a label.
+    """
+    outputs = by_name(model, model(example, training=False))
+    given = [tensor.key for tensor in labels]
+    if len(outputs) > 1 and set(given) != set(outputs):
+        found = "a single labelCol" if given == [None] else f"labels for {', '.join(map(repr, given))}"
+        raise ParamError(
+            f"the model has {len(outputs)} outputs, {', '.join(map(repr, outputs))}, and there is {found}: name a "
+            "column for each output with the param labels={output: column}"
+        )
+    if len(outputs) == 1 and len(given) > 1:
+        raise ParamError(f"the model has one output, and there are labels for {', '.join(map(repr, given))}")
+    return {name: _describe(output, loss_of(model, name, list(outputs))) for name, output in outputs.items()}
+
+
+def loss_of(model: Any, output: str, outputs: Sequence[str]) -> Any:
+    """The loss of one of a compiled model's outputs."""
+    import keras
+
+    given = model.loss
+    if isinstance(given, dict) and "class_name" not in given:
+        given = given.get(output, next(iter(given.values())) if len(outputs) == 1 else None)
+    elif isinstance(given, (list, tuple)):
+        given = given[list(outputs).index(output)]
+    while isinstance(given, (list, tuple)) and len(given) == 1:
+        (given,) = given
+    return keras.losses.get(given)
+
+
+def _describe(output: Any, loss: Any) -> dict[str, Any]:
+    shape = tuple(int(size) for size in output.shape[1:])
+    name = getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
+    logits = bool(getattr(loss, "from_logits", False))
+    size = int(np.prod(shape))
+    if name in _REGRESSION and size == 1:
+        kind = "regression"
+    elif name == "binarycrossentropy" and size == 1:
+        kind = "binary"
+    elif name in ("categoricalcrossentropy", "sparsecategoricalcrossentropy") and len(shape) == 1:
+        kind = "multiclass"
+    else:
+        kind = "raw"
+    return {"kind": kind, "shape": list(shape), "logits": logits}

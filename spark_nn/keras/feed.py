@@ -1,0 +1,108 @@
+"""Worker side: a stream as the ``tf.data.Dataset`` that Keras trains from.
+
+The stream hands over blocks of many batches, and TensorFlow cuts them: Python runs once per block, and what TensorFlow
+cuts it does not copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from spark_nn.columns import arrange, row_bytes
+from spark_nn.dataset.stream import Block, Stream
+from spark_nn.trainer import row_weights
+
+# Large against the cost of a call into Python, small against a processor's cache.
+_BLOCK_BYTES = 2 << 20
+
+
+class Feed:
+    """A stream as a ``tf.data.Dataset``.
+
+    With its callback in place it reads the epoch that Keras is in; without, as for validation rows, always the first.
+
+    Parameters
+    ----------
+    stream : Stream
+        The batches.
+    classWeights : dict of int to float, optional
+        How much the rows of each class count.
+    outputs : sequence of str, optional
+        The outputs' names, where the model puts out a list: Keras then wants the labels in the same order.
+    """
+
+    def __init__(
+        self, stream: Stream, classWeights: dict[int, float] | None = None, outputs: Sequence[str] | None = None
+    ) -> None:
+        self.stream = stream
+        self.classWeights = classWeights or {}
+        self.outputs = outputs
+        self.epoch = 0
+
+    def dataset(self) -> Any:
+        """A dataset whose every iteration reads one epoch."""
+        import tensorflow as tf
+
+        stream = self.stream
+        batches = max(1, _BLOCK_BYTES // max(1, stream.batch * row_bytes(stream.manifest.tensors)))
+        blocks = tf.data.Dataset.from_generator(
+            lambda: self._blocks(batches), output_signature=self._parts(self._specs(tf))
+        )
+
+        def cut(*block: Any) -> Any:
+            rows = tf.shape(tf.nest.flatten(block)[0], out_type=tf.int64)[0]
+            starts = tf.data.Dataset.range(0, rows, stream.batch)
+            return starts.map(lambda at: tf.nest.map_structure(lambda part: part[at : at + stream.batch], block))
+
+        counted = blocks.prefetch(1).flat_map(cut).apply(tf.data.experimental.assert_cardinality(stream.steps))
+        return counted.prefetch(2)
+
+    def callback(self) -> Any:
+        """The callback that tells the feed which epoch it is."""
+        import keras
+
+        return keras.callbacks.LambdaCallback(on_epoch_begin=self._begin)
+
+    def example(self) -> Any:
+        """One row of the model's input."""
+        tensors = self.stream.manifest.role("features")
+        if all(tensor.numeric for tensor in tensors):
+            block = {tensor.name: np.zeros((1, *(tensor.shape or ())), tensor.numpy) for tensor in tensors}
+        else:  # an empty string may not be one that the model can read
+            first = next(self.stream.epoch(0))
+            block = {tensor.name: first[tensor.name][:1] for tensor in tensors}
+        return as_tensors(arrange(block, "features"))
+
+    def _begin(self, epoch: int, logs: Any) -> None:
+        self.epoch = epoch
+
+    def _blocks(self, batches: int) -> Iterator[tuple[Any, ...]]:
+        for block in self.stream.epoch(self.epoch, batches=batches):
+            weights = row_weights(block, self.classWeights)
+            yield self._parts(block if weights is None else {**block, "weight": weights})
+
+    def _specs(self, tf: Any) -> dict[str, Any]:
+        def kind(dtype: str) -> str:
+            return "string" if dtype in ("string", "binary") else dtype
+
+        tensors = self.stream.manifest.tensors
+        specs = {each.name: tf.TensorSpec((None, *(each.shape or ())), kind(each.dtype)) for each in tensors}
+        return {**specs, "weight": tf.TensorSpec((None,), "float32")} if self.classWeights else specs
+
+    def _parts(self, block: Block) -> tuple[Any, ...]:
+        """A block as Keras takes it: ``(x, y)`` or ``(x, y, sample_weight)``."""
+        labels: Any = arrange(block, "label")
+        if self.outputs is not None:
+            labels = tuple(labels[name] for name in self.outputs)
+        parts = (arrange(block, "features"), labels, block.get("weight"))
+        return tuple(part for part in parts if part is not None)
+
+
+def as_tensors(arrays: Any) -> Any:
+    """Arrays as tensors, those of strings too."""
+    import tensorflow as tf
+
+    return tf.nest.map_structure(tf.convert_to_tensor, arrays)
