@@ -23,7 +23,7 @@ from spark_nn.store import RunDir
 
 FEATURES = 100
 BATCH = 256
-# Rows of a row group in the files that Spark writes; the 4 MB groups of the packed files hold about as many.
+# Rows of a row group in the files that Spark writes; the 2 MB groups of the packed files hold about half as many.
 GROUP_ROWS = 10_000
 
 

@@ -195,7 +195,7 @@ class RunDir:
         trouble: Exception | None = None
         self._removed.set()
         # A straggler may still write while its directory goes: what it leaves is removed in another round.
-        for pause in (0.0, 0.2, 1.0):
+        for pause in (0.0, 0.0, 0.2, 1.0):
             time.sleep(pause)
             try:
                 self.fs.invalidate_cache()

@@ -31,8 +31,8 @@ from spark_nn.store import RunDir
 Block = dict[str, np.ndarray]
 Cache = Literal["none", "memory", "disk"]
 
-# More than one, so that one reads while another waits for the store.
-_THREADS = 2
+# On a local disk one decodes while another reads; a store across the network makes each of them wait.
+_LOCAL_THREADS, _REMOTE_THREADS = 2, 4
 _DISK_LIMIT = 1 << 40  # bytes: the disk sets the limit, not the cache
 
 
@@ -55,8 +55,8 @@ class Stream:
         Seed of the order.
     shuffle : bool
         Whether the order changes with the epoch; False keeps the order of the DataFrame.
-    threads : int
-        Threads that read. The order does not depend on them.
+    threads : int, optional
+        Threads that read: by default 2 from a local disk, 4 from elsewhere. The order does not depend on them.
     cache : {"none", "memory", "disk"}
         What to keep of the row groups that were read: nothing, their decoded rows, or their bytes on the local disk.
         The order does not depend on it. As row groups go from rank to rank with the epochs, a rank comes to keep all.
@@ -75,7 +75,7 @@ class Stream:
         batch: int,
         seed: int,
         shuffle: bool,
-        threads: int = _THREADS,
+        threads: int | None = None,
         cache: Cache = "none",
         scratch: Path | None = None,
     ) -> None:
@@ -88,9 +88,9 @@ class Stream:
         self.seed = seed
         self.shuffle = shuffle
         self.equal = split == "train"
-        self.threads = threads
         self._desk: _Desk = _Library(manifest.tensors, self.groups) if cache == "memory" else _Desk(manifest.tensors)
         self._reading = _Reading(run, manifest.tensors, _disk_cache(scratch, split) if cache == "disk" else None)
+        self.threads = threads or (_LOCAL_THREADS if self._reading.local else _REMOTE_THREADS)
 
     @property
     def rows(self) -> int:
@@ -146,7 +146,7 @@ class Stream:
         self._reading.close()
 
     def _blocks(self, windows: Sequence[plan.Window], skipped: int, size: int, expected: int) -> Iterator[Block]:
-        wanted = [part for window in windows for part in self._desk.wanted(window)]
+        wanted = self._desk.begin(windows)
         filled, delivered = 0, 0
         block: Block = {}
         with closing(self._read(wanted)) as arriving:
@@ -222,14 +222,13 @@ class _Desk:
         self.arrays: Block = {}
         self.room = 0
 
-    def wanted(self, window: plan.Window) -> Sequence[plan.Slice]:
-        """What must be read for a window."""
-        return window.slices
+    def begin(self, windows: Sequence[plan.Window]) -> list[plan.Slice]:
+        """Make room for an epoch's windows; return what must be read for them, in order."""
+        self._make_room(max((window.rows for window in windows), default=0))
+        return [part for window in windows for part in window.slices]
 
     def lay(self, window: plan.Window, arriving: Iterator[Block]) -> tuple[Block, np.ndarray]:
         """Take a window's blocks in; return the arrays they lie in and the window's rows there, in their order."""
-        if window.rows > self.room:
-            self._make_room(window.rows)
         filled = 0
         for part in window.slices:
             self._copy(next(arriving), filled)
@@ -243,6 +242,9 @@ class _Desk:
 
     def _make_room(self, rows: int) -> None:
         # One area, used by one window after the other: fresh memory costs as much as the copy.
+        if rows <= self.room:
+            return
+        self.arrays = {}  # the old one goes first
         self.arrays = {tensor.name: np.empty((rows, *(tensor.shape or ())), tensor.numpy) for tensor in self.tensors}
         self.room = rows
 
@@ -268,17 +270,17 @@ class _Library(_Desk):
         self.starts = np.cumsum([0, *(group.rows for group in groups)])
         self.held: set[int] = set()
 
-    def wanted(self, window: plan.Window) -> Sequence[plan.Slice]:
+    def begin(self, windows: Sequence[plan.Window]) -> list[plan.Slice]:
+        self._make_room(int(self.starts[-1]))
         # Whole, for the part that this rank does not need now may be its part in the next epoch.
         return [
             plan.Slice(part.group, 0, self.groups[part.group].rows)
+            for window in windows
             for part in window.slices
             if part.group not in self.held
         ]
 
     def lay(self, window: plan.Window, arriving: Iterator[Block]) -> tuple[Block, np.ndarray]:
-        if not self.room:
-            self._make_room(int(self.starts[-1]))
         for part in window.slices:
             if part.group not in self.held:
                 self._copy(next(arriving), self.starts[part.group])

@@ -26,7 +26,7 @@ from spark_nn.dataset.fingerprint import Fingerprint, hash_rows, mix
 from spark_nn.store import RunDir
 
 # Large enough that a read is one request worth its latency, small enough to mix many in memory.
-GROUP_BYTES = 4 << 20
+GROUP_BYTES = 2 << 20
 # Row groups whose rows are mixed with each other before they are written.
 SHUFFLE_GROUPS = 16
 # A codec has to halve the bytes to be worth its time: packed floats seldom shrink, encoded categories always do.
