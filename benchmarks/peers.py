@@ -100,14 +100,30 @@ def settle(folder: str) -> None:
     tempfile.tempdir = folder
 
 
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function in a fresh process, which shares neither memory nor warmed-up libraries with another call."""
+def apart(function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None) -> Any:
+    """Call a function in a fresh process, which shares neither memory nor warmed-up libraries with another call.
+
+    Parameters
+    ----------
+    function : callable
+        What to call.
+    *arguments : object
+        What to call it with.
+    environment : mapping, optional
+        The process's environment, where it is not this one's.
+    """
+    kept = dict(os.environ)
     # Such a process ends without its exit handlers, and TensorFlow would leave files behind.
     with (
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), settle, (folder,)) as pool,
     ):
-        return pool.submit(function, *arguments).result()
+        try:
+            os.environ.update(environment or {})
+            return pool.submit(function, *arguments).result()
+        finally:
+            os.environ.clear()
+            os.environ.update(kept)
 
 
 def show(title: str, unit: str, rounds: Sequence[Mapping[str, float]], base: str) -> dict[str, float]:

@@ -308,7 +308,13 @@ def _stand_ins() -> dict[str, ModuleType]:
     hdfs = _stand_in("pyarrow.hdfs", HadoopFileSystem=object, connect=hdfs_gone)
     parquet = _stand_in("pyarrow.parquet", pq, ParquetDataset=ParquetDataset, ParquetDatasetPiece=ParquetDatasetPiece)
     arrow = _stand_in(
-        "pyarrow", pa, filesystem=filesystem, hdfs=hdfs, parquet=parquet, localfs=fsspec.filesystem("file")
+        "pyarrow",
+        pa,
+        filesystem=filesystem,
+        hdfs=hdfs,
+        parquet=parquet,
+        localfs=fsspec.filesystem("file"),
+        LocalFileSystem=LocalFileSystem,
     )
     # `float` went with NumPy 1.24, `string_` and `unicode_` with 2.0, `in1d` with 2.4.
     numpy = _stand_in("numpy", np, float=float, string_=np.bytes_, unicode_=np.str_, in1d=np.isin)

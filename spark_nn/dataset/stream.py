@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from spark_nn.columns import Tensor
 from spark_nn.dataset import petastorm_compat, plan
+from spark_nn.dataset.buffers import Buffers
 from spark_nn.dataset.manifest import Group, Manifest, Split
 from spark_nn.dataset.writer import unpack
 from spark_nn.errors import DatasetError
@@ -147,29 +148,23 @@ class Stream:
 
     def _blocks(self, windows: Sequence[plan.Window], skipped: int, size: int, expected: int) -> Iterator[Block]:
         wanted = self._desk.begin(windows)
+        buffers = Buffers(self.manifest.tensors, size)
         filled, delivered = 0, 0
         block: Block = {}
         with closing(self._read(wanted)) as arriving:
             for window in windows:
                 arrays, rows = self._desk.lay(window, arriving)
                 place, skipped = skipped, 0
-                # Clipping never happens; it is the mode of `take` that needs no buffer.
-                while not filled and len(rows) - place >= size:
-                    taken = rows[place : place + size]
-                    place, delivered = place + size, delivered + size
-                    yield {name: array.take(taken, axis=0, mode="clip") for name, array in arrays.items()}
-                while place < len(rows):  # the rest of this window, or of a block that an earlier one began
-                    if not filled:
-                        block = {
-                            name: np.empty((size, *array.shape[1:]), array.dtype) for name, array in arrays.items()
-                        }
+                while place < len(rows):
+                    block = block or buffers.take()
                     taken = rows[place : place + size - filled]
-                    place, delivered = place + len(taken), delivered + len(taken)
                     for name, array in arrays.items():
+                        # Clipping never happens; it is the mode of `take` that needs no buffer.
                         array.take(taken, axis=0, out=block[name][filled : filled + len(taken)], mode="clip")
-                    filled = (filled + len(taken)) % size
-                    if not filled:
+                    place, filled, delivered = place + len(taken), filled + len(taken), delivered + len(taken)
+                    if filled == size:
                         yield block
+                        block, filled = {}, 0
             if filled:
                 yield {name: array[:filled] for name, array in block.items()}
             if delivered != expected or next(arriving, None) is not None:

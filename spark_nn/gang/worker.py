@@ -176,6 +176,10 @@ def child_environment(base: Mapping[str, str], cpus: int, gpus: Sequence[str]) -
         TF_NUM_INTRAOP_THREADS=threads,
         TF_NUM_INTEROP_THREADS=threads,
         CUDA_VISIBLE_DEVICES=",".join(gpus),
+        # Steps allocate and free the same again and again. glibc learns to keep such memory, but TensorFlow's generator
+        # datasets stop it from learning, and the kernel would then hand it out page by page at every step.
+        MALLOC_MMAP_THRESHOLD_=str(32 << 20),
+        MALLOC_TOP_PAD_=str(64 << 20),
         TF_CPP_MIN_LOG_LEVEL=base.get("TF_CPP_MIN_LOG_LEVEL", "2"),
     )
     return env

@@ -1,7 +1,7 @@
 """Worker side: a stream as the ``tf.data.Dataset`` that Keras trains from.
 
-The stream hands over blocks of many batches, and TensorFlow cuts them: Python runs once per block, and what TensorFlow
-cuts it does not copy.
+The stream hands over blocks of many batches, which TensorFlow takes without a copy and cuts itself: Python runs once
+per block.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Feed:
         self.classWeights = classWeights or {}
         self.outputs = outputs
         self.epoch = 0
+        self._left: Block | None = None
 
     def dataset(self) -> Any:
         """A dataset whose every iteration reads one epoch."""
@@ -48,17 +49,20 @@ class Feed:
 
         stream = self.stream
         batches = max(1, _BLOCK_BYTES // max(1, stream.batch * row_bytes(stream.manifest.tensors)))
-        blocks = tf.data.Dataset.from_generator(
-            lambda: self._blocks(batches), output_signature=self._parts(self._specs(tf))
+        whole = tf.data.Dataset.from_generator(
+            lambda: self._blocks(batches), output_signature=self._parts(self._specs(tf, (None, stream.batch)))
         )
-
-        def cut(*block: Any) -> Any:
-            rows = tf.shape(tf.nest.flatten(block)[0], out_type=tf.int64)[0]
-            starts = tf.data.Dataset.range(0, rows, stream.batch)
-            return starts.map(lambda at: tf.nest.map_structure(lambda part: part[at : at + stream.batch], block))
-
-        counted = blocks.prefetch(1).flat_map(cut).apply(tf.data.experimental.assert_cardinality(stream.steps))
-        return counted.prefetch(2)
+        # An epoch's last batch may be smaller than the others, and then is not one of a block.
+        rest = tf.data.Dataset.from_generator(self._rest, output_signature=self._parts(self._specs(tf, (None,))))
+        joined = whole.prefetch(1).unbatch().concatenate(rest)
+        counted = joined.apply(tf.data.experimental.assert_cardinality(stream.steps))
+        # Beside a GPU that computes, a thread that brings the next batch is free; on a CPU it takes a core from those
+        # that compute, and so does the tuning of a pipeline that has nothing to tune.
+        if tf.config.list_physical_devices("GPU"):
+            counted = counted.prefetch(2)
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        return counted.with_options(options)
 
     def callback(self) -> Any:
         """The callback that tells the feed which epoch it is."""
@@ -80,17 +84,35 @@ class Feed:
         self.epoch = epoch
 
     def _blocks(self, batches: int) -> Iterator[tuple[Any, ...]]:
+        """Blocks of whole batches, of shape ``(batches, batch) + shape``; what is left of an epoch is kept."""
+        batch = self.stream.batch
+        self._left = None
         for block in self.stream.epoch(self.epoch, batches=batches):
             weights = row_weights(block, self.classWeights)
-            yield self._parts(block if weights is None else {**block, "weight": weights})
+            if weights is not None:
+                block = {**block, "weight": weights}
+            count, rest = divmod(len(next(iter(block.values()))), batch)
+            if rest:
+                self._left = {name: array[-rest:] for name, array in block.items()}
+            if count:
+                yield self._parts(
+                    {
+                        name: array[: count * batch].reshape(count, batch, *array.shape[1:])
+                        for name, array in block.items()
+                    }
+                )
 
-    def _specs(self, tf: Any) -> dict[str, Any]:
+    def _rest(self) -> Iterator[tuple[Any, ...]]:
+        if self._left is not None:
+            yield self._parts(self._left)
+
+    def _specs(self, tf: Any, rows: tuple[int | None, ...]) -> dict[str, Any]:
         def kind(dtype: str) -> str:
             return "string" if dtype in ("string", "binary") else dtype
 
         tensors = self.stream.manifest.tensors
-        specs = {each.name: tf.TensorSpec((None, *(each.shape or ())), kind(each.dtype)) for each in tensors}
-        return {**specs, "weight": tf.TensorSpec((None,), "float32")} if self.classWeights else specs
+        specs = {each.name: tf.TensorSpec((*rows, *(each.shape or ())), kind(each.dtype)) for each in tensors}
+        return {**specs, "weight": tf.TensorSpec(rows, "float32")} if self.classWeights else specs
 
     def _parts(self, block: Block) -> tuple[Any, ...]:
         """A block as Keras takes it: ``(x, y)`` or ``(x, y, sample_weight)``."""

@@ -20,6 +20,7 @@ def test_a_rank_gets_an_environment_of_its_own():
     assert "RANK" not in env
     assert env["OMP_NUM_THREADS"] == env["TF_NUM_INTRAOP_THREADS"] == "3"
     assert env["CUDA_VISIBLE_DEVICES"] == "1,4"
+    assert env["MALLOC_MMAP_THRESHOLD_"] == "33554432"
     assert env["PYTHONPATH"].split(os.pathsep) == [path for path in sys.path if path]
     assert child_environment(base, 1, [])["CUDA_VISIBLE_DEVICES"] == ""
     assert base["RANK"] == "7"
