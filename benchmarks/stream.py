@@ -54,10 +54,6 @@ def stock(path: str, threads: int) -> Iterator[Block]:
 
 def converter(df: DataFrame, folder: Path) -> Any:
     """Petastorm's Spark converter, which writes the rows its own way."""
-    # The one name that the compatibility layer does not have for it: Petastorm compares classes with it, no more.
-    from fsspec.implementations.local import LocalFileSystem
-
-    pa.LocalFileSystem = LocalFileSystem
     petastorm_compat.install()
     from petastorm.spark import SparkDatasetConverter, make_spark_converter
 
