@@ -136,7 +136,7 @@ class Problem:
             "nan": ("NaN", "drop them (df.na.drop) or fill them (Imputer)"),
             "infinite": ("infinite, or beyond the range of 32-bit floats,", "scale or drop them"),
             "width": (
-                "not of the length expected (that of the first row, or of the rows trained on)",
+                "empty, or not of the length expected (that of most rows, or of the rows trained on),",
                 "every row must have as many elements: pad or cut them",
             ),
             "negative": ("negative", "weights must be 0 or more"),
@@ -268,7 +268,7 @@ def decode(array: pa.Array, tensor: Tensor, invalid: Invalid) -> np.ndarray | No
     array : pyarrow.Array
         One batch of rows.
     tensor : Tensor
-        Its description. Where the shape is open, the first row decides.
+        Its description. Where the shape is open, the batch decides: its most common one.
     invalid : Invalid
         Gets the rows added that cannot be used.
 
@@ -282,7 +282,7 @@ def decode(array: pa.Array, tensor: Tensor, invalid: Invalid) -> np.ndarray | No
     for level in range(tensor.depth):
         lengths = values.value_lengths().to_numpy(zero_copy_only=False) if not values.null_count else np.array([-1, 0])
         shape.append(tensor.shape[level] if tensor.shape else int(lengths[0]) if len(lengths) else 0)
-        if (lengths != shape[-1]).any():
+        if (lengths != shape[-1]).any() or (shape[-1] == 0 and len(lengths)):
             _refuse(array, tensor, invalid)
             return None
         values = values.flatten()
@@ -332,9 +332,10 @@ def _faults(values: pa.Array, tensor: Tensor, level: int) -> dict[tuple[str, str
             faults[column, "negative"] = spread(numbers < 0, sound)
         return faults
     lengths = values.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
-    expected = tensor.shape[level] if tensor.shape else int(lengths[sound][0]) if sound.any() else 0
-    faults[column, "width"] = sound & (lengths != expected)
-    whole = sound & (lengths == expected)
+    # Not the first one's: that row may be the odd one.
+    expected = tensor.shape[level] if tensor.shape else int(np.bincount(lengths[lengths > 0], minlength=2).argmax())
+    whole = sound & (lengths == expected) & (lengths > 0)
+    faults[column, "width"] = sound & ~whole
     for (_, kind), mask in _faults(values.filter(pa.array(whole)).flatten(), tensor, level + 1).items():
         table = mask.reshape(int(whole.sum()), expected)
         if tensor.form == "scalars":  # each element has a column of its own

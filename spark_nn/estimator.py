@@ -25,7 +25,7 @@ from spark_nn.columns import Tensor
 from spark_nn.dataset.lease import Source
 from spark_nn.dataset.manifest import Manifest
 from spark_nn.dataset.materialize import Spec, check_count
-from spark_nn.errors import ColumnError, ModelFileError, SparkNNError
+from spark_nn.errors import ColumnError, ModelFileError, ParamError, SparkNNError
 from spark_nn.gang.launch import Gang
 from spark_nn.outputs import Output, Outputs, columns_of
 from spark_nn.params import ModelParams, TrainingParams
@@ -141,7 +141,14 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
 
     def _spec(self, schema: StructType) -> Spec:
         """What is written of every row."""
-        tensors = [*self.inputTensors(schema), *self.labelTensors(schema)]
+        labels = self.labelTensors(schema)
+        if self.isDefined("classWeights") and labels[0].depth > 1:
+            raise ParamError(
+                f"classWeights={self.getClassWeights()!r}, but a label in column {labels[0].columns[0]!r} has "
+                f"{labels[0].depth} dimensions: it must be the class, or have one element per class; weight such rows "
+                "with weightCol"
+            )
+        tensors = [*self.inputTensors(schema), *labels]
         if self.isDefined("weightCol") and self.getWeightCol():
             tensors.append(columns.weight(schema, self.getWeightCol()))
         if self.isDefined("validationIndicatorCol") and self.getValidationIndicatorCol():
@@ -307,10 +314,19 @@ class NeuralModel(Model, ModelParams, _Stage):
             )
         for name, tensor in found.items():
             known = trained[name]
-            if (tensor.depth, tensor.numeric) != (known.depth, known.numeric):
+            # Numbers may become floats, but floats not whole numbers, and strings neither.
+            alike = tensor.dtype == known.dtype or (
+                tensor.numeric and known.numeric and (known.dtype == "float32" or tensor.dtype != "float32")
+            )
+            if tensor.depth != known.depth or not alike:
                 raise ColumnError(
                     f"column {tensor.columns[0]!r} holds {tensor.dtype} values of {tensor.depth} dimensions, and the "
                     f"model was trained with {known.dtype} values of {known.depth}: give it the same kind of column"
+                )
+            if tensor.shape is not None and tensor.shape != known.shape:
+                raise ColumnError(
+                    f"the columns {', '.join(map(repr, tensor.columns))} make an input of shape {tensor.shape}, and "
+                    f"the model was trained with {known.shape} from {', '.join(map(repr, known.columns))}: name as many"
                 )
         return tuple(replace(found[name], dtype=known.dtype, shape=known.shape) for name, known in trained.items())
 

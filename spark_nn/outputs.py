@@ -65,7 +65,7 @@ class Output:
         """What each row gets, from the model's output of shape ``(rows,) + shape``."""
         if self.kind == "raw":
             return {"predictionCol": output.astype(np.float32, copy=False)}
-        output = output.reshape(len(output), -1).astype(np.float64)
+        output = output.reshape(len(output), int(np.prod(self.shape))).astype(np.float64)
         if self.kind == "regression":
             return {"predictionCol": output[:, 0]}
         if self.kind == "binary":

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 Predict = Callable[[Arrays], Arrays]
 Loader = Callable[[str, int], Predict]
 
+# Of each row, where rows may be skipped, whether it was scored: pandas cannot say that a whole struct is null.
+_USED = "used"
 # Models kept by a Python worker: a pipeline of two nets, and two more.
 _KEPT_MODELS = 4
 
@@ -116,7 +118,10 @@ class Scorer:
             for param, array in output.values(predicted[name] if name else predicted).items()
         }
         keys = columns_of(self.outputs)
-        return pa.StructArray.from_arrays([_arrow(values[keys[field]]) for field in self.fields], list(self.fields))
+        arrays = {field: _arrow(values[keys[field]]) for field in self.fields}
+        if self.skip:
+            arrays[_USED] = pa.array(np.ones(rows, bool))
+        return pa.StructArray.from_arrays(list(arrays.values()), list(arrays))
 
 
 def score(dataset: DataFrame, scorer: Scorer, columns: dict[str, str]) -> DataFrame:
@@ -144,7 +149,8 @@ def score(dataset: DataFrame, scorer: Scorer, columns: dict[str, str]) -> DataFr
             raise ColumnError(f"{param}={name!r}: there already is such a column; rename or drop it, or set {param}")
         taken.add(name.lower())
     types = {field: scorer.outputs[output].fields[param] for field, (param, output) in keys.items()}
-    sql = f"struct<{','.join(f'{quoted(field)}:{types[field]}' for field in scorer.fields)}>"
+    declared = [f"{quoted(field)}:{types[field]}" for field in scorer.fields] + [f"{_USED}:boolean"] * scorer.skip
+    sql = f"struct<{','.join(declared)}>"
     scores = _udf(scorer, sql)(*(expression(tensor) for tensor in scorer.inputs))
     held = f"spark_nn_{scorer.sha256[:16]}"
     results = {}
@@ -154,7 +160,7 @@ def score(dataset: DataFrame, scorer: Scorer, columns: dict[str, str]) -> DataFr
         results[name] = array_to_vector(value) if scorer.outputs[output].vector(param) else value
     scored = dataset.withColumn(held, scores)
     if scorer.skip:
-        scored = scored.where(F.col(held).isNotNull())
+        scored = scored.where(F.col(held)[_USED])
     return scored.withColumns(results).drop(held)
 
 
@@ -218,7 +224,8 @@ def pandas_kind(scorer: Scorer, sql: str) -> Any:
         )
 
     def frame(scored: pa.StructArray) -> pd.DataFrame:
-        values = zip(scorer.fields, scored.flatten(), strict=True)
+        names = [field.name for field in scored.type]
+        values = zip(names, scored.flatten(), strict=True)
         return pd.DataFrame({name: array.to_numpy(zero_copy_only=False) for name, array in values})
 
     if len(scorer.inputs) == 1:
@@ -246,7 +253,11 @@ def _arrow_type(tensor: Tensor) -> pa.DataType:
 
 def _nested(series: pd.Series) -> list[Any]:
     """Arrays of arrays as lists, which is what Arrow takes."""
-    return [None if value is None else np.array(list(value)).tolist() for value in series]
+
+    def plain(value: Any) -> Any:
+        return [plain(each) for each in value] if isinstance(value, (np.ndarray, list)) else value
+
+    return [plain(value) for value in series]
 
 
 @functools.lru_cache(maxsize=_KEPT_MODELS)

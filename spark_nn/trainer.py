@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from spark_nn.columns import row_bytes
 from spark_nn.dataset import memory
 from spark_nn.dataset.manifest import MANIFEST, Manifest, Split
 from spark_nn.dataset.stream import Block, Cache, Stream
@@ -20,8 +19,6 @@ from spark_nn.gang.context import GangContext
 from spark_nn.store import RunDir, digest
 
 MODEL_FOLDER = "model"
-# What a string is taken to need in memory, the Python object included.
-_STRING_BYTES = 100
 
 
 @dataclass(frozen=True)
@@ -147,9 +144,7 @@ class Trainer(ABC):
     def _cache(self, gang: GangContext, manifest: Manifest) -> Cache:
         if self.schedule.cache != "auto":
             return self.schedule.cache
-        strings = sum(tensor.size for tensor in manifest.tensors if not tensor.numeric)
-        rows = manifest.rows("train") + manifest.rows("validation")
-        needed = rows * (row_bytes(manifest.tensors) + strings * _STRING_BYTES)
+        needed = int((manifest.rows("train") + manifest.rows("validation")) * manifest.row_bytes)
         # In the end each rank keeps all row groups. One epoch would not use what it keeps.
         return "memory" if self.schedule.epochs > 1 and memory.fits(needed, gang.neighbours) else "none"
 
@@ -162,11 +157,10 @@ def row_weights(block: Block, weights: dict[int, float]) -> np.ndarray | None:
     labels = next(values for name, values in block.items() if name.partition(":")[0] == "label")
     if labels.ndim > 1:
         labels = labels.argmax(axis=-1) if labels.shape[-1] > 1 else labels[..., 0]
-    classes = labels.astype(np.int64)
-    table = np.ones(max(*weights, int(classes.max(initial=0))) + 1, np.float32)
-    table[list(weights)] = list(weights.values())
-    counted: np.ndarray = table[classes]
-    return counted if own is None else counted * own
+    counted = np.ones(len(labels), np.float32) if own is None else own.copy()
+    for each, weight in weights.items():
+        counted[labels == each] *= weight
+    return counted
 
 
 def check_digests(gang: GangContext, digest: bytes) -> None:

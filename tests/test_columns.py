@@ -112,7 +112,22 @@ def test_decode_arrays():
     ("array", "tensor", "expected"),
     [
         (lists([[1], None, None]), Tensor("features", ("x",), "array", "float32", 1, None), {("x", "null"): 2}),
-        (lists([[1, 2], [1]]), Tensor("features", ("x",), "array", "float32", 1, None), {("x", "width"): 1}),
+        (lists([[1, 2], [1], [1, 2]]), Tensor("features", ("x",), "array", "float32", 1, None), {("x", "width"): 1}),
+        # Neither the first row nor one that cannot be used decides what length the others should have.
+        (lists([[1], [1, 2], [1, 2]]), Tensor("features", ("x",), "array", "float32", 1, None), {("x", "width"): 1}),
+        (
+            lists([[np.nan], [1, 2], [1, 2]]),
+            Tensor("features", ("x",), "array", "float32", 1, None),
+            {("x", "width"): 1},
+        ),
+        (lists([[], [], [1]]), Tensor("features", ("x",), "array", "float32", 1, None), {("x", "width"): 2}),
+        (
+            lists(
+                [[[1, 2]], [[1, 2], [3, 4]], [[1], [2]], [[1, 2], None], [[1, 2], [3, np.nan]]], pa.list_(pa.float32())
+            ),
+            Tensor("features", ("x",), "array", "float32", 2, None),
+            {("x", "width"): 2, ("x", "null"): 1, ("x", "nan"): 1},
+        ),
         (lists([[1, 2], [3, 4]]), Tensor("features", ("x",), "array", "float32", 1, (3,)), {("x", "width"): 2}),
         (lists([[1, None], [None, None]]), Tensor("features", ("x",), "array", "float32", 1, None), {("x", "null"): 2}),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pyspark
 import pytest
 from pyspark.ml import Pipeline, PipelineModel
 from pyspark.ml.evaluation import RegressionEvaluator
@@ -133,6 +134,31 @@ def test_the_pandas_udf_of_older_spark_gives_the_same(spark, store):
     assert [row.predictionCol for row in got] == expected
 
 
+@pytest.mark.parametrize("kind", ["arrow", "pandas"])
+def test_rows_that_cannot_be_used_are_skipped_by_either_udf(spark, store, monkeypatch, kind):
+    if kind == "pandas":
+        monkeypatch.setattr(pyspark, "__version__", "4.0.1")
+    df = data(spark, 300, partitions=3)
+    model = estimator(store, handleInvalid="skip").fit(df)
+    broken = df.withColumn("a", F.expr("if(id % 3 = 1 or id < 100, null, a)"))  # one partition holds nothing else
+    found = {row.id: row.prediction for row in model.transform(broken).collect()}
+    expected = {row.id: row.prediction for row in model.transform(df).collect() if row.id >= 100 and row.id % 3 != 1}
+    assert found == expected
+
+
+def test_columns_that_do_not_fit_what_was_trained_on_are_refused(spark, store):
+    df = data(spark, 100)
+    model = estimator(store).fit(df)
+    with pytest.raises(ColumnError, match=r"make an input of shape \(1,\), and .* trained with \(2,\) from 'a', 'b'"):
+        model.copy({model.inputCols: ["a"]}).transform(df)
+    arrays = df.select("label", F.expr("array(int(a * 9), int(b * 9))").alias("features"))
+    model = ToyEstimator(storeUrl=store, verbose=0).fit(arrays)
+    with pytest.raises(ColumnError, match="'features' holds float32 values .* trained with int32"):
+        model.transform(arrays.withColumn("features", F.expr("array(0.5, 0.5)")))
+    longs = arrays.withColumn("features", F.expr("transform(features, x -> long(x))"))
+    assert model.transform(longs).collect()[0].prediction == model.transform(arrays).collect()[0].prediction
+
+
 def test_pipeline_cross_validation_saving_and_loading(spark, store, tmp_path):
     df = data(spark, 400)
     toy_stage = ToyEstimator(batchSize=20, verbose=0, storeUrl=store, epochs=3)
@@ -211,11 +237,17 @@ def test_errors_that_only_the_rows_can_show_are_raised_before_training(spark, st
         with pytest.raises(ColumnError, match=message):
             estimator(store, **params).fit(frame)
     arrays = df.withColumn("f", F.expr("if(id = 3, array(a), array(a, b))"))
-    with pytest.raises(ColumnError, match="column 'f' is not of the length expected"):
+    with pytest.raises(ColumnError, match="column 'f' is empty, or not of the length expected"):
         ToyEstimator(featuresCol="f", storeUrl=store, verbose=0).fit(arrays)
     by_partition = df.withColumn("f", F.expr("if(id < 500, array(a), array(a, b))"))
     with pytest.raises(ColumnError, match="column 'f' has rows of differing length, among them 1, 2"):
         ToyEstimator(featuresCol="f", storeUrl=store, verbose=0).fit(by_partition)
+    empty = df.withColumn("f", F.expr("slice(array(a), 1, 0)"))
+    with pytest.raises(ColumnError, match="column 'f' is empty, or not of the length expected .* in 1,000 rows"):
+        ToyEstimator(featuresCol="f", storeUrl=store, verbose=0).fit(empty)
+    images = df.withColumn("y", F.expr("array(array(a, b))"))
+    with pytest.raises(ParamError, match="classWeights=.*a label in column 'y' has 2 dimensions"):
+        estimator(store, labelCol="y", classWeights={0: 1.0}).fit(images)
     for rows, workers in ((0, 1), (1, 2)):
         with pytest.raises(DatasetError, match=f"has {rows} training row.* for numWorkers={workers}"):
             estimator(store, numWorkers=workers).fit(df.limit(rows))

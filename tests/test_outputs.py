@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spark_nn.outputs import Output
+from spark_nn.outputs import Output, columns_of
 
 
 def test_regression():
@@ -43,6 +43,24 @@ def test_anything_else_keeps_its_shape(shape, sql):
     assert output.fields == {"predictionCol": sql}
     block = np.arange(2 * int(np.prod(shape)), dtype=np.float32).reshape(2, *shape)
     np.testing.assert_array_equal(output.values(block)["predictionCol"], block)
+
+
+@pytest.mark.parametrize("kind", ["regression", "binary", "multiclass", "raw"])
+def test_no_rows_give_no_values(kind):
+    shape = (3,) if kind in ("multiclass", "raw") else (1,)
+    values = Output(kind, shape).values(np.zeros((0, *shape), np.float32))
+    assert {len(each) for each in values.values()} == {0}
+
+
+def test_several_outputs_have_keys_of_their_own():
+    outputs = {"price": Output("regression", (1,)), "kind": Output("binary", (1,))}
+    assert columns_of(outputs) == {
+        "predictionCol:price": ("predictionCol", "price"),
+        "rawPredictionCol:kind": ("rawPredictionCol", "kind"),
+        "probabilityCol:kind": ("probabilityCol", "kind"),
+        "predictionCol:kind": ("predictionCol", "kind"),
+    }
+    assert columns_of({"": outputs["price"]}) == {"predictionCol": ("predictionCol", "")}
 
 
 def test_round_trip():

@@ -8,6 +8,7 @@ from pyspark.sql import types as T
 
 from spark_nn import KerasEstimator
 from spark_nn.errors import ColumnError, ParamError
+from spark_nn.keras import codec
 
 
 def estimator(**kwargs):
@@ -116,6 +117,9 @@ def test_tensors_have_the_names_that_the_model_knows():
         ({"classWeights": {"one": 1}}, "classWeights' class takes a whole number"),
         ({"classWeights": {0: -1.0}}, "classWeights' weight=-1.0: must be at least 0"),
         ({"cache": "yes"}, "cache='yes': must be one of 'auto', 'memory', 'disk', 'none'"),
+        ({"metrics": "mae"}, "metrics takes a list, such as"),
+        ({"metrics": [3]}, "metrics takes what keras.Model.compile takes"),
+        ({"optimizer": ["adam"]}, "optimizer takes what keras.Model.compile takes"),
         ({"handleInvalid": "keep"}, "handleInvalid='keep': must be one of 'error', 'skip'"),
     ],
 )
@@ -139,3 +143,16 @@ def test_positional_arguments_and_unknown_names_are_refused():
 
 def test_the_seed_is_the_same_in_every_process():
     assert estimator().getSeed() == 0
+
+
+def test_settings_of_several_outputs_are_taken_and_can_be_saved():
+    import keras
+
+    given = {"a": keras.losses.BinaryCrossentropy(from_logits=True), "b": "mse"}
+    stage = KerasEstimator(model=lambda: None, loss=given, metrics={"a": ["mae"], "b": [keras.metrics.AUC()]})
+    json.dumps([stage.getLoss(), stage.getMetrics()])
+    assert codec.restore(stage.getLoss())["a"].get_config()["from_logits"] is True
+    assert estimator(metrics=[["mae"], ["auc"]]).getMetrics() == [["mae"], ["auc"]]
+    assert KerasEstimator(loss=["mse", "mae"]).getLoss() == ["mse", "mae"]
+    with pytest.raises(TypeError, match="loss takes what keras.Model.compile takes"):
+        KerasEstimator(loss={"a": 3})

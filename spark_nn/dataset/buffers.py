@@ -15,6 +15,8 @@ import numpy as np
 from spark_nn.columns import Tensor
 
 _ALIGNMENT = 64
+# Areas kept to be used again: more than this, whoever trains does not hold at a time.
+_KEPT = 8
 
 
 class Buffers:
@@ -44,7 +46,8 @@ class Buffers:
         area = self._free_area()
         if area is None:
             area = np.empty(self._size + _ALIGNMENT, np.uint8)
-            self._areas.append(area)
+            if len(self._areas) < _KEPT:
+                self._areas.append(area)
         skip = -area.ctypes.data % _ALIGNMENT
         # A view of a view refers to the area itself, so that its count of references tells all of them.
         return {

@@ -71,7 +71,8 @@ def hash_rows(block: dict[str, np.ndarray], tensors: Sequence[Tensor]) -> np.nda
     hashes = np.zeros(len(next(iter(block.values()))), np.uint64)
     for place, tensor in enumerate(tensors):
         words = _words(block[tensor.name], tensor)
-        hashes += np.einsum("ij,j->i", words, _multipliers(place, words.shape[1]))
+        # Their shape is part of what rows hold.
+        hashes += np.einsum("ij,j->i", words, _multipliers((place, *block[tensor.name].shape[1:]), words.shape[1]))
     return mix(hashes)
 
 
@@ -92,6 +93,6 @@ def _words(block: np.ndarray, tensor: Tensor) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=64)
-def _multipliers(place: int, words: int) -> np.ndarray:
-    """The random numbers of a tensor, always the same."""
-    return np.random.default_rng((place, words)).integers(0, 2**64, words, dtype=np.uint64)
+def _multipliers(seed: tuple[int, ...], words: int) -> np.ndarray:
+    """Random numbers, always the same for a seed."""
+    return np.random.default_rng(seed).integers(0, 2**64, words, dtype=np.uint64)

@@ -53,6 +53,7 @@ class Dataset:
     run: RunDir
     manifest: Manifest
     _leases: int = 0
+    _leaving: bool = False
     _expiry: threading.Timer | None = field(default=None, repr=False)
 
 
@@ -60,7 +61,8 @@ class Shelf:
     """The datasets that this process has written and not yet removed; thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Reentrant, as a garbage collection may end a lease in a thread that is in here.
+        self._lock = threading.RLock()
         self._datasets: list[Dataset] = []
         self._turns: defaultdict[tuple[str, Spec], threading.Lock] = defaultdict(threading.Lock)
 
@@ -81,7 +83,7 @@ class Shelf:
         with self._lock:
             turn = self._turns[store, spec]
         with turn:  # whoever comes second finds what the first has written
-            leased = self._find(dataset, spec, store) or self._write(dataset, spec, store)
+            leased = self._find(dataset, spec, store, idle) or self._write(dataset, spec, store)
         try:
             yield leased
         finally:
@@ -96,12 +98,15 @@ class Shelf:
 
     def close(self) -> None:
         """Remove all datasets: the process ends."""
-        for each in list(self._datasets):
+        with self._lock:
+            left = list(self._datasets)
+        for each in left:
             each.run.remove()
 
-    def _find(self, dataset: DataFrame, spec: Spec, store: str) -> Dataset | None:
+    def _find(self, dataset: DataFrame, spec: Spec, store: str, idle: float) -> Dataset | None:
         with self._lock:
-            candidates = [each for each in self._datasets if (each.store, each.spec) == (store, spec)]
+            held = [each for each in self._datasets if not each._leaving]
+            candidates = [each for each in held if (each.store, each.spec) == (store, spec)]
             for each in candidates:
                 self._take(each)
         found = None
@@ -110,10 +115,11 @@ class Shelf:
             present = [each for each in candidates if each.run.read(MANIFEST) is not None]
             content = look(dataset, spec) if present else None
             found = next((each for each in present if each.manifest.content == content), None)
+            idle = 0.0  # of those that hold other rows: they will hardly be asked for again
         finally:
             for each in candidates:
                 if each is not found:
-                    self._release(each, 0.0)  # the rows have changed: the old ones will hardly be asked for again
+                    self._release(each, idle)
         return found
 
     def _write(self, dataset: DataFrame, spec: Spec, store: str) -> Dataset:
@@ -148,12 +154,14 @@ class Shelf:
 
     def _expire(self, each: Dataset) -> None:
         with self._lock:
-            if each._leases or each not in self._datasets:
+            if each._leases or each._leaving:
                 return
-            self._datasets.remove(each)
+            each._leaving = True
             if each._expiry is not None:
                 each._expiry.cancel()
         each.run.remove()
+        with self._lock:  # not before it is gone: `close` would not know of it
+            self._datasets.remove(each)
 
 
 @functools.cache
@@ -175,7 +183,7 @@ class Source:
 
     def __init__(self, dataset: DataFrame) -> None:
         self.dataset = dataset
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._leased: dict[tuple[str, Spec], Dataset] = {}
         self._leases = ExitStack()
 

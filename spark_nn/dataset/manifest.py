@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from spark_nn.columns import Tensor
+from spark_nn.columns import Tensor, row_bytes
 from spark_nn.dataset.fingerprint import Fingerprint
 
 Split = Literal["train", "validation"]
 
 MANIFEST = "manifest.json"
 _VERSION = 1
+# What Python adds to a string, and the reference to it.
+_OBJECT_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Manifest:
         The row groups of either split, in the order of the DataFrame's partitions.
     content : Fingerprint
         What the DataFrame held.
+    string_bytes : float
+        Bytes of the strings in an average row, as Arrow holds them.
     skipped : int
         Rows that were left out because they cannot be used.
     """
@@ -60,7 +64,14 @@ class Manifest:
     train: tuple[Group, ...]
     validation: tuple[Group, ...]
     content: Fingerprint
+    string_bytes: float = 0.0
     skipped: int = 0
+
+    @property
+    def row_bytes(self) -> float:
+        """Bytes of an average row in memory."""
+        strings = sum(tensor.size for tensor in self.tensors if not tensor.numeric)
+        return row_bytes(self.tensors) + self.string_bytes + strings * _OBJECT_BYTES
 
     def groups(self, split: Split) -> tuple[Group, ...]:
         """The row groups of a split."""
@@ -91,6 +102,7 @@ class Manifest:
             "train": plain(self.train),
             "validation": plain(self.validation),
             "content": asdict(self.content),
+            "string_bytes": self.string_bytes,
             "skipped": self.skipped,
         }
 
@@ -103,5 +115,6 @@ class Manifest:
             train=tuple(Group(*group) for group in value["train"]),
             validation=tuple(Group(*group) for group in value["validation"]),
             content=Fingerprint(**value["content"]),
+            string_bytes=value["string_bytes"],
             skipped=value["skipped"],
         )

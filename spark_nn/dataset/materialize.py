@@ -91,13 +91,15 @@ def materialize(dataset: DataFrame, spec: Spec, run: RunDir) -> Manifest:
             )
     _check_rows(reports)
     known = _with_shapes(stored(list(spec.tensors)), reports)
+    content, skipped = _content(reports), sum(task["skipped"] for task in reports)
     manifest = Manifest(
         tensors=tuple(known),
         group_rows=max((task["group"] for task in reports), default=0) or group_rows(known),
         train=_groups(reports, "train"),
         validation=_groups(reports, "validation"),
-        content=_content(reports),
-        skipped=sum(task["skipped"] for task in reports),
+        content=content,
+        string_bytes=sum(task["strings"] for task in reports) / max(1, content.rows - skipped),
+        skipped=skipped,
     )
     run.writeJson(MANIFEST, manifest.toDict())
     return manifest
@@ -179,10 +181,6 @@ def _with_shapes(tensors: list[Tensor], reports: list[dict[str, Any]]) -> list[T
                 raise ColumnError(
                     f"column {tensor.columns[0]!r} has rows of differing length, among them {found}: every row must "
                     "have as many elements, pad or cut them"
-                )
-            if shapes and 0 in shapes[0]:
-                raise ColumnError(
-                    f"column {tensor.columns[0]!r} holds empty arrays: every row needs at least one element"
                 )
             tensor = replace(tensor, shape=shapes[0] if shapes else tensor.shape or (0,) * tensor.depth)
         known.append(tensor)

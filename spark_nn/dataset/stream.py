@@ -89,6 +89,7 @@ class Stream:
         self.seed = seed
         self.shuffle = shuffle
         self.equal = split == "train"
+        self._running: Generator[Block, None, None] | None = None
         self._desk: _Desk = _Library(manifest.tensors, self.groups) if cache == "memory" else _Desk(manifest.tensors)
         self._reading = _Reading(run, manifest.tensors, _disk_cache(scratch, split) if cache == "disk" else None)
         self.threads = threads or (_LOCAL_THREADS if self._reading.local else _REMOTE_THREADS)
@@ -107,6 +108,8 @@ class Stream:
 
     def epoch(self, number: int, *, start: int = 0, batches: int = 1) -> Iterator[Block]:
         """The batches of an epoch, counted from 0: a block of each tensor by name.
+
+        There is one epoch at a time: to begin one ends the one before, wherever that is.
 
         Parameters
         ----------
@@ -139,14 +142,19 @@ class Stream:
         )
         left, skipped = plan.skip(windows, start * self.batch)
         expected = max(0, self.rows - start * self.batch)
-        return self._blocks(left, skipped, batches * self.batch, expected)
+        if self._running is not None:
+            self._running.close()  # both would lay their windows in the same place
+        self._running = self._blocks(left, skipped, batches * self.batch, expected)
+        return self._running
 
     def close(self) -> None:
         """Give back what the cache holds."""
         self._desk.close()
         self._reading.close()
 
-    def _blocks(self, windows: Sequence[plan.Window], skipped: int, size: int, expected: int) -> Iterator[Block]:
+    def _blocks(
+        self, windows: Sequence[plan.Window], skipped: int, size: int, expected: int
+    ) -> Generator[Block, None, None]:
         wanted = self._desk.begin(windows)
         buffers = Buffers(self.manifest.tensors, size)
         filled, delivered = 0, 0

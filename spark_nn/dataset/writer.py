@@ -92,7 +92,7 @@ class PartitionWriter:
         problems: Counter[Problem] = Counter()
         draw = np.random.default_rng((self.seed, partition))
         files: dict[str, _File] = {}
-        content, skipped, group = Fingerprint(), 0, 0
+        content, skipped, group, strings = Fingerprint(), 0, 0, 0
         try:
             for batch in batches:
                 first, rows = content.rows, batch.num_rows
@@ -111,7 +111,9 @@ class PartitionWriter:
                 content += Fingerprint.of(self._hashes(block, tensors, partition, first), rows)
                 if self.run is None:
                     continue
-                group = group or group_rows(stored(tensors), _string_bytes(batch, tensors))
+                here = _string_bytes(batch, tensors)
+                strings += here
+                group = group or group_rows(stored(tensors), here / batch.num_rows)
                 held_back = block.pop("validation", None)
                 if held_back is None and self.fraction > 0:
                     held_back = draw.random(batch.num_rows) < self.fraction
@@ -132,6 +134,7 @@ class PartitionWriter:
             "group": group,
             "problems": [[problem.column, problem.kind, rows] for problem, rows in problems.items()],
             "skipped": skipped,
+            "strings": strings,
             "content": asdict(content),
         }
 
@@ -196,10 +199,9 @@ def _decode(batch: pa.RecordBatch, tensors: list[Tensor], invalid: Invalid) -> t
     return block, known
 
 
-def _string_bytes(batch: pa.RecordBatch, tensors: list[Tensor]) -> float:
-    """Bytes of the strings in an average row."""
-    strings = [int(batch.column(tensor.name).nbytes) for tensor in tensors if not tensor.numeric]
-    return float(sum(strings) / batch.num_rows)
+def _string_bytes(batch: pa.RecordBatch, tensors: list[Tensor]) -> int:
+    """Bytes of the strings in a batch."""
+    return sum(int(batch.column(tensor.name).nbytes) for tensor in tensors if not tensor.numeric)
 
 
 def _splits(held_back: np.ndarray | None) -> list[tuple[str, np.ndarray | None]]:

@@ -35,6 +35,8 @@ def plain(value: Any) -> Any:
     """
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
+    if isinstance(value, dict) and "class_name" not in value:
+        return {name: plain(item) for name, item in value.items()}
     if hasattr(value, "get_config") and not isinstance(value, type):
         import keras
 
@@ -50,6 +52,8 @@ def restore(value: Any) -> Any:
         import keras
 
         return keras.saving.deserialize_keras_object(value, safe_mode=True)
+    if isinstance(value, dict):
+        return {name: restore(item) for name, item in value.items()}
     return value
 
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from pyspark import keyword_only
 from pyspark.ml.param import Param
@@ -33,19 +33,39 @@ def _model(value: Any) -> Any:
     return value
 
 
-def _settings(name: str, example: str, *, several: bool = False) -> Callable[[Any], Any]:
-    """Converter for what ``keras.Model.compile`` takes, turned into JSON where Keras can."""
+def _settings(name: str, example: str, kinds: tuple[type, ...] = ()) -> Callable[[Any], Any]:
+    """Converter for what ``keras.Model.compile`` takes, turned into JSON where Keras can.
+
+    Parameters
+    ----------
+    name, example : str
+        For messages.
+    kinds : tuple of type
+        The collections it may come in, lists and dicts by the outputs' names; none where it is always one.
+    """
+
+    def check(item: Any) -> None:
+        if isinstance(item, kinds) and "class_name" not in (several := cast(Any, item)):
+            for part in several.values() if isinstance(item, dict) else several:
+                if part is not None:
+                    check(part)
+        elif isinstance(item, (type, list)) or not (isinstance(item, (str, dict)) or callable(item)):
+            raise TypeError(f"{name} takes what keras.Model.compile takes, such as {example}, not {item!r}")
 
     def convert(value: Any) -> Any:
         result = codec.plain(value)
-        if isinstance(result, list) != several:
-            raise TypeError(f"{name} takes {'a list' if several else 'one'}, such as {example}, not {value!r}")
-        for item in result if several else [result]:
-            if isinstance(item, type) or not (isinstance(item, (str, dict)) or callable(item)):
-                raise TypeError(f"{name} takes what keras.Model.compile takes, such as {example}, not {item!r}")
+        check(result)
         return result
 
     return convert
+
+
+def _metrics(value: Any) -> Any:
+    if not isinstance(value, (list, tuple, dict)):
+        raise TypeError(
+            f"metrics takes a list, such as ['auc'], or a dict of lists by the outputs' names, not {value!r}"
+        )
+    return _settings("metrics", "['auc'] or [keras.metrics.AUC()]", (list, dict))(value)
 
 
 def _callbacks(value: Any) -> Any:
@@ -79,9 +99,9 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         As ``compile`` takes it. Default: the compiled model's own, else ``"rmsprop"``.
     learningRate : float, optional
         In place of the optimizer's own (> 0).
-    loss : str, keras.losses.Loss or function, optional
+    loss : str, keras.losses.Loss, function, or a dict or list of them for several outputs, optional
         As ``compile`` takes it. Default: the compiled model's own. The output columns follow from it.
-    metrics : list, optional
+    metrics : list or dict, optional
         As ``compile`` takes them. Default: the compiled model's own.
     featuresCol : str, default ``"features"``
         The column that holds the model's single input: a Vector, an array (nested for more dimensions), a number, a
@@ -177,13 +197,14 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
     loss: Param[Any] = param(
         "loss",
         "The loss, by name, as a keras.losses.Loss or a function. Default: that of the compiled model. It "
-        "decides the output columns.",
-        _settings("loss", "'mse' or keras.losses.MeanSquaredError()"),
+        "decides the output columns. For several outputs a dict of losses by their names, or a list.",
+        _settings("loss", "'mse' or keras.losses.MeanSquaredError()", (list, dict)),
     )
     metrics: Param[Any] = param(
         "metrics",
-        "List of metrics, by name, as keras.metrics.Metric or as functions. Default: those of the compiled model.",
-        _settings("metrics", "['auc'] or [keras.metrics.AUC()]", several=True),
+        "List of metrics, by name, as keras.metrics.Metric or as functions; for several outputs a dict of such lists "
+        "by their names. Default: those of the compiled model.",
+        _metrics,
     )
     callbacks: Param[Any] = param(
         "callbacks",
@@ -201,7 +222,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         optimizer: Any = None,
         learningRate: float | None = None,
         loss: Any = None,
-        metrics: list[Any] | None = None,
+        metrics: list[Any] | dict[str, Any] | None = None,
         featuresCol: str = "features",
         inputCols: list[str] | None = None,
         inputs: dict[str, str | list[str]] | None = None,
@@ -238,7 +259,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         optimizer: Any = None,
         learningRate: float | None = None,
         loss: Any = None,
-        metrics: list[Any] | None = None,
+        metrics: list[Any] | dict[str, Any] | None = None,
         featuresCol: str = "features",
         inputCols: list[str] | None = None,
         inputs: dict[str, str | list[str]] | None = None,
@@ -302,7 +323,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         """Get :py:attr:`metrics`: names, functions, or dicts that ``keras.metrics.deserialize`` takes."""
         return self.getOrDefault(self.metrics)
 
-    def setMetrics(self: E, value: list[Any]) -> E:
+    def setMetrics(self: E, value: list[Any] | dict[str, Any]) -> E:
         """Set :py:attr:`metrics`."""
         return self._set(metrics=value)
 

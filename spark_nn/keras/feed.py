@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from spark_nn.columns import arrange, row_bytes
+from spark_nn.columns import arrange
 from spark_nn.dataset.stream import Block, Stream
 from spark_nn.trainer import row_weights
 
@@ -48,7 +48,7 @@ class Feed:
         import tensorflow as tf
 
         stream = self.stream
-        batches = max(1, _BLOCK_BYTES // max(1, stream.batch * row_bytes(stream.manifest.tensors)))
+        batches = max(1, int(_BLOCK_BYTES / (stream.batch * stream.manifest.row_bytes)))
         whole = tf.data.Dataset.from_generator(
             lambda: self._blocks(batches), output_signature=self._parts(self._specs(tf, (None, stream.batch)))
         )

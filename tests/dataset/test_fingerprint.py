@@ -88,6 +88,15 @@ def test_any_change_shows(change):
     assert of(block) != before
 
 
+def test_the_shape_of_rows_shows():
+    table = np.arange(12, dtype=np.float32)
+    hashes = [
+        hash_rows({"features": table.reshape(2, *shape)}, [Tensor("features", ("x",), "array", "float32", 2, shape)])
+        for shape in ((2, 3), (3, 2))
+    ]
+    assert not set(hashes[0].tolist()) & set(hashes[1].tolist())
+
+
 def test_rows_that_come_twice_more_show():
     block = rows(100)
     twice_more = of(block) + of(cut(block, slice(3, 4))) + of(cut(block, slice(3, 4)))

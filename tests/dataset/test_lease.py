@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -196,6 +197,18 @@ def test_an_abandoned_grid_and_a_failed_write_leave_nothing(spark, store):
     assert list(Path(store).iterdir()) == []
     with pytest.raises(ColumnError, match="column 'a' is null"):
         stage.fit(data(spark).withColumn("a", F.lit(None).cast("double")))
+    assert list(Path(store).iterdir()) == []
+
+
+def test_a_garbage_collection_may_end_a_lease_anywhere(spark, store):
+    stage = estimator(store)
+    fits = stage.fitMultiple(data(spark), [{stage.learningRate: 0.1}, {stage.learningRate: 0.2}])
+    next(fits)
+    fits.itself = fits  # as the traceback of an exception would refer to it
+    del fits
+    with shelf()._lock:
+        gc.collect()
+    shelf().clear()
     assert list(Path(store).iterdir()) == []
 
 

@@ -196,6 +196,16 @@ def test_blocks_are_the_same_batches_side_by_side(tmp_path, batches, cache):
     kept.close()
 
 
+def test_to_begin_an_epoch_ends_the_one_before(tmp_path, cache):
+    run, manifest = write(tmp_path, [4000])
+    kept = stream(run, manifest, shuffle=True, **cache)
+    left = kept.epoch(0)
+    next(left)
+    assert sorted(sum(labels(kept.epoch(1)), [])) == list(range(4000))
+    assert list(left) == []
+    kept.close()
+
+
 def test_batches_are_the_receivers_own(tmp_path, cache):
     run, manifest = write(tmp_path, [4000])
     kept = stream(run, manifest, **cache)

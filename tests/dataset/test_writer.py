@@ -106,4 +106,5 @@ def test_long_strings_make_row_groups_of_fewer_rows(run, monkeypatch):
     sizes = report["files"]["train"][1]
     assert set(sizes[:-1]) == {report["group"]}
     assert 5 <= report["group"] <= 10
+    assert 95_000 <= report["strings"] <= 100_000
     assert sum(sizes) == 95

@@ -122,8 +122,10 @@ def test_several_inputs_of_all_kinds_and_several_outputs(spark, store, df, tmp_p
 
 def test_two_workers_train_several_inputs_alike(spark, store, df):
     given = {"model": models.several, "modelParams": {"vocabulary": WORDS}, "loss": LOSSES, "inputs": INPUTS}
-    model = estimator(store, **given, labels={"kind": "kind", "price": "price"}, numWorkers=2, shuffle=True).fit(df)
-    assert {"loss", "price_loss", "kind_loss"} <= set(model.summary.history)
+    metrics = {"price": ["mae"], "kind": ["accuracy"]}
+    labels = {"kind": "kind", "price": "price"}
+    model = estimator(store, **given, labels=labels, metrics=metrics, numWorkers=2, shuffle=True).fit(df)
+    assert {"loss", "price_loss", "kind_loss", "price_mae", "kind_accuracy"} <= set(model.summary.history)
     assert model.summary.rows == ROWS
 
 
