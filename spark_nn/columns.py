@@ -137,7 +137,7 @@ class Problem:
             "infinite": ("infinite, or beyond the range of 32-bit floats,", "scale or drop them"),
             "width": (
                 "empty, or not of the length expected (that of most rows, or of the rows trained on),",
-                "every row must have as many elements: pad or cut them",
+                "every row needs the same number of elements: pad or cut them",
             ),
             "negative": ("negative", "weights must be 0 or more"),
         }[self.kind]

@@ -173,13 +173,14 @@ class ModelParams(HasFeaturesCol, HasInputCols, HasLabelCol, HasPredictionCol, H
     inputs: Param[dict[str, Any]] = param(
         "inputs",
         "For models of several inputs: a dict of each input's name to a column, as for featuresCol, or to a list of "
-        "columns, as for inputCols. Used in place of either.",
+        "columns, as for inputCols, such as {'color': 'color', 'numbers': ['age', 'height']}. Used in place of either.",
         columns_dict("inputs", several=True),
     )
     handleInvalid: Param[str] = param(
         "handleInvalid",
         "What to do with rows that cannot be used (null, NaN or infinite numbers, arrays of another length): 'error' "
-        "names the columns and the number of rows, 'skip' leaves the rows out, of training and of predictions.",
+        "names the columns and the number of rows, 'skip' leaves the rows out: of training where an input, label or "
+        "weight cannot be used, of predictions where an input cannot.",
         choice("handleInvalid", ("error", "skip")),
     )
 
@@ -312,8 +313,8 @@ class TrainingParams(ModelParams, HasWeightCol, HasValidationIndicatorCol, HasSe
     )
     cache: Param[str] = param(
         "cache",
-        "What each worker keeps of the rows that it has read: 'memory' their decoded form, from which later epochs "
-        "are several times as fast, 'disk' their bytes on its local disk, for a slow store, 'none' nothing. 'auto': "
+        "What each worker keeps of the rows that it has read: 'memory' their decoded form, which helps where training "
+        "waits for the store, 'disk' their bytes on its local disk, for a slow store, 'none' nothing. 'auto': "
         "memory where the dataset takes no more than a quarter of the free memory, shared with the other workers of "
         "the same machine, else none. The result does not depend on it.",
         choice("cache", ("auto", "memory", "disk", "none")),

@@ -167,7 +167,7 @@ def _check_rows(reports: list[dict[str, Any]]) -> None:
         for column, kind, rows in task["problems"]:
             problems[Problem(column, kind)] += rows
     if problems:
-        raise report(problems)
+        raise report(problems, "; or leave such rows out with handleInvalid='skip'")
 
 
 def _with_shapes(tensors: list[Tensor], reports: list[dict[str, Any]]) -> list[Tensor]:

@@ -58,7 +58,6 @@ class Petastorm:
     ConcurrentVentilator: type[Any]
     WorkerBase: type[Any]
     EmptyResultError: type[Exception]
-    NullCache: type[Any]
     LocalDiskCache: type[Any]
 
 
@@ -94,13 +93,12 @@ def install() -> None:
 def load() -> Petastorm:
     """Install the layer and return the pieces of Petastorm that spark_nn builds on."""
     pool = thread_pool_class()
-    from petastorm.cache import NullCache
     from petastorm.local_disk_cache import LocalDiskCache
     from petastorm.workers_pool import EmptyResultError
     from petastorm.workers_pool.ventilator import ConcurrentVentilator
     from petastorm.workers_pool.worker_base import WorkerBase
 
-    return Petastorm(pool, ConcurrentVentilator, WorkerBase, EmptyResultError, NullCache, LocalDiskCache)
+    return Petastorm(pool, ConcurrentVentilator, WorkerBase, EmptyResultError, LocalDiskCache)
 
 
 def thread_pool_class() -> type[Any]:

@@ -57,13 +57,15 @@ def describe_outputs(model: Any, example: Any, labels: Sequence[Tensor]) -> dict
     outputs = by_name(model, model(example, training=False))
     given = [tensor.key for tensor in labels]
     if len(outputs) > 1 and set(given) != set(outputs):
-        found = "a single labelCol" if given == [None] else f"labels for {', '.join(map(repr, given))}"
+        found = "labelCol is for models of one" if given == [None] else f"labels names {', '.join(map(repr, given))}"
         raise ParamError(
-            f"the model has {len(outputs)} outputs, {', '.join(map(repr, outputs))}, and there is {found}: name a "
-            "column for each output with the param labels={output: column}"
+            f"the model has {len(outputs)} outputs, {', '.join(map(repr, outputs))}, and {found}: name a column for "
+            "each output, and for nothing else, with the param labels={output: column}"
         )
     if len(outputs) == 1 and len(given) > 1:
-        raise ParamError(f"the model has one output, and there are labels for {', '.join(map(repr, given))}")
+        raise ParamError(
+            f"the model has one output, and labels names {', '.join(map(repr, given))}: name one column, with labelCol"
+        )
     return {name: _describe(output, loss_of(model, name, list(outputs))) for name, output in outputs.items()}
 
 

@@ -148,7 +148,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         What each worker keeps of the rows that it has read: their decoded form in memory, their bytes on the local
         disk, or nothing. ``"auto"`` is memory where the dataset fits into a quarter of what is free.
     verbose : {0, 1, 2}, default 1
-        Progress on standard error: none, a live bar, a line per epoch.
+        Progress on standard error: none; a line per epoch and, on a terminal, a live bar; a line per epoch only.
 
     Notes
     -----

@@ -132,9 +132,13 @@ class KerasTrainer(Trainer):
         try:
             model(example)  # builds what is not built yet
         except Exception as error:
-            described = ", ".join(f"{each.name}: {each.dtype} {each.shape} from {each.columns}" for each in inputs)
+            described = ", ".join(
+                f"{each.key or 'the input'}: {each.dtype} {each.shape} from {', '.join(each.columns)}"
+                for each in inputs
+            )
             raise ParamError(
-                f"the model does not take the input that the columns make ({described}; the shape is that of a row): "
+                f"the model does not take the input that the columns make ({described}; the shape is that of a row). "
+                "The param inputs must name each of the model's inputs as the model does. "
                 f"{type(error).__name__}: {error}"
             ) from error
         return model

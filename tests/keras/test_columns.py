@@ -208,12 +208,15 @@ def test_rows_that_cannot_be_used_are_skipped_in_training_and_in_scoring(spark, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"inputCols": ["word", "text"]}, r"does not take the input that the columns make \(features: string \(2,\)"),
+        ({"inputCols": ["word", "text"]}, r"does not take the input that the columns make \(the input: string \(2,\)"),
         (
             {"model": models.two_outputs, "inputCols": ["x", "flag", "price"]},
-            "the model has 2 outputs.*a single labelCol",
+            "the model has 2 outputs.*labelCol is for models of one",
         ),
-        ({"inputCols": ["x"], "labels": {"a": "kind", "b": "price"}}, "the model has one output, and there are labels"),
+        (
+            {"inputCols": ["x"], "labels": {"a": "kind", "b": "price"}},
+            "the model has one output, and labels names 'a', 'b'",
+        ),
     ],
 )
 def test_a_model_that_does_not_fit_its_columns_is_told_so(spark, store, df, settings, message):
