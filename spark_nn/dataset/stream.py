@@ -34,6 +34,8 @@ Cache = Literal["none", "memory", "disk"]
 
 # On a local disk one decodes while another reads; a store across the network makes each of them wait.
 _LOCAL_THREADS, _REMOTE_THREADS = 2, 4
+_SMALL = 128 * 1024  # bytes: up to here the C library keeps memory at hand, and new blocks are the cheapest
+_VENTILATION_S = 0.002  # how often the ventilator looks for room: Petastorm's 0.01 lets fast readers run dry
 _DISK_LIMIT = 1 << 40  # bytes: the disk sets the limit, not the cache
 
 
@@ -157,6 +159,7 @@ class Stream:
     ) -> Generator[Block, None, None]:
         wanted = self._desk.begin(windows)
         buffers = Buffers(self.manifest.tensors, size)
+        small = size * self.manifest.row_bytes < _SMALL
         filled, delivered = 0, 0
         block: Block = {}
         with closing(self._read(wanted)) as arriving:
@@ -164,10 +167,15 @@ class Stream:
                 arrays, rows = self._desk.lay(window, arriving)
                 place, skipped = skipped, 0
                 while place < len(rows):
+                    if small and not filled and len(rows) - place >= size:
+                        taken = rows[place : place + size]
+                        place, delivered = place + size, delivered + size
+                        # Clipping never happens; it is the mode of `take` that needs no buffer.
+                        yield {name: array.take(taken, axis=0, mode="clip") for name, array in arrays.items()}
+                        continue
                     block = block or buffers.take()
                     taken = rows[place : place + size - filled]
                     for name, array in arrays.items():
-                        # Clipping never happens; it is the mode of `take` that needs no buffer.
                         array.take(taken, axis=0, out=block[name][filled : filled + len(taken)], mode="clip")
                     place, filled, delivered = place + len(taken), filled + len(taken), delivered + len(taken)
                     if filled == size:
@@ -186,7 +194,10 @@ class Stream:
         pool = petastorm.ThreadPool(self.threads)
         work = [{"group": self.groups[part.group], "start": part.start, "stop": part.stop} for part in slices]
         ventilator = petastorm.ConcurrentVentilator(
-            pool.ventilate, work, max_ventilation_queue_size=plan.WINDOW_GROUPS + self.threads
+            pool.ventilate,
+            work,
+            max_ventilation_queue_size=plan.WINDOW_GROUPS + self.threads,
+            ventilation_interval=_VENTILATION_S,
         )
         pool.start(_GroupReader, self._reading, ventilator=ventilator)
         try:
