@@ -115,9 +115,9 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
         self._check()
         dataset = source.dataset
         gang = Gang(dataset.sparkSession, self.getNumWorkers())
-        spec = self._spec(dataset.schema)
-        gang.check()
         schedule = self._schedule()
+        spec = self._spec(dataset.schema, schedule)
+        gang.check()
         store = store_url(dataset.sparkSession, self.getStoreUrl() if self.isDefined("storeUrl") else None)
         clock = [time.monotonic()]
         with RunDir.open(store) as run:
@@ -139,7 +139,7 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
         )
         return self._copyValues(model)
 
-    def _spec(self, schema: StructType) -> Spec:
+    def _spec(self, schema: StructType, schedule: Schedule) -> Spec:
         """What is written of every row."""
         labels = self.labelTensors(schema)
         if self.isDefined("classWeights") and labels[0].depth > 1:
@@ -153,7 +153,6 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
             tensors.append(columns.weight(schema, self.getWeightCol()))
         if self.isDefined("validationIndicatorCol") and self.getValidationIndicatorCol():
             tensors.append(columns.validation(schema, self.getValidationIndicatorCol()))
-        schedule = self._schedule()
         return Spec(
             tuple(tensors),
             validationFraction=self.getValidationFraction(),

@@ -106,7 +106,7 @@ class RunDir:
     @classmethod
     @contextlib.contextmanager
     def open(cls, store: str) -> Iterator[RunDir]:
-        """A new directory in the store at this URL, removed at the end of the block.
+        """A new directory in the store at this URL, removed at the end of the block; the store is swept first.
 
         Raises
         ------
@@ -115,6 +115,7 @@ class RunDir:
         """
         run = cls.create(store)
         try:
+            sweep(store)
             yield run
         finally:
             run.remove()
@@ -146,7 +147,6 @@ class RunDir:
                 "to a directory that the driver and every executor can write"
             ) from error
         threading.Thread(target=run._keep_alive, name="spark_nn-alive", daemon=True).start()
-        sweep(store)
         return run
 
     def path(self, name: str) -> str:

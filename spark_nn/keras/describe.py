@@ -32,15 +32,15 @@ def by_name(model: Any, outputs: Any) -> dict[str, Any]:
     return dict(zip(names, outputs, strict=True)) if len(outputs) != 1 else {"": outputs[0]}
 
 
-def describe_outputs(model: Any, example: Any, labels: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
+def describe_outputs(model: Any, put_out: Any, labels: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
     """What a compiled model puts out, read from its losses and the shapes of its outputs.
 
     Parameters
     ----------
     model : keras.Model
         Built and compiled.
-    example : tensor or dict of tensors
-        One row of its input.
+    put_out : tensor, or list or dict of tensors
+        What it puts out for some rows.
     labels : sequence of Tensor
         What the columns offer it to learn.
 
@@ -54,7 +54,7 @@ def describe_outputs(model: Any, example: Any, labels: Sequence[Tensor]) -> dict
     ParamError
         There is no label for an output, or no output for a label.
     """
-    outputs = by_name(model, model(example, training=False))
+    outputs = by_name(model, put_out)
     given = [tensor.key for tensor in labels]
     if len(outputs) > 1 and set(given) != set(outputs):
         found = "labelCol is for models of one" if given == [None] else f"labels names {', '.join(map(repr, given))}"

@@ -81,10 +81,10 @@ class KerasTrainer(Trainer):
         imported = time.monotonic()
         keras.utils.set_random_seed(self.schedule.seed % 2**32)
         example = Feed(data).example()
-        model = self._build(gang, example, manifest.role("features"))
+        model, put_out = self._build(gang, example, manifest.role("features"))
         self._compile(model, gang.world)
-        outputs = describe_outputs(model, example, manifest.role("label"))
-        order = tuple(outputs) if isinstance(model(example), (list, tuple)) and len(outputs) > 1 else None
+        outputs = describe_outputs(model, put_out, manifest.role("label"))
+        order = tuple(outputs) if isinstance(put_out, (list, tuple)) and len(outputs) > 1 else None
         feed = Feed(data, self.schedule.classWeights, order)
         if gang.rank == 0:
             codec.check_loadable(model)
@@ -118,7 +118,8 @@ class KerasTrainer(Trainer):
             },
         )
 
-    def _build(self, gang: GangContext, example: Any, inputs: Sequence[Tensor]) -> Any:
+    def _build(self, gang: GangContext, example: Any, inputs: Sequence[Tensor]) -> tuple[Any, Any]:
+        """The model, built, and what it puts out for one row of its input."""
         recipe = self.recipe
         if recipe.function is not None:
             model = recipe.function(**recipe.arguments)
@@ -130,7 +131,7 @@ class KerasTrainer(Trainer):
                 gang.run.get(INITIAL_MODEL, Path(local.name))
                 model = codec.load_model(local.name, compiled=True)
         try:
-            model(example)  # builds what is not built yet
+            return model, model(example, training=False)  # which builds what is not built yet
         except Exception as error:
             described = ", ".join(
                 f"{each.key or 'the input'}: {each.dtype} {each.shape} from {', '.join(each.columns)}"
@@ -141,7 +142,6 @@ class KerasTrainer(Trainer):
                 "The param inputs must name each of the model's inputs as the model does. "
                 f"{type(error).__name__}: {error}"
             ) from error
-        return model
 
     def _compile(self, model: Any, world: int) -> None:
         """Compile with the params that were given; the model's own settings hold for the others."""
