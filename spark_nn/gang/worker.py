@@ -111,7 +111,8 @@ class GangTask:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=env,
+                # Whatever it leaves in the temporary directory when it is killed goes with it too.
+                env={**env, "TMPDIR": scratch},
                 pass_fds=[listener.fileno()],
             )
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 
 import psutil
@@ -71,6 +72,18 @@ def leaves(context):
 
 def answers(context):
     return {"rank": context.rank, "world": context.world, "cpus": context.cpus, "greeting": os.environ["GREETING"]}
+
+
+def killed_with_a_folder(context):
+    context.run.write("folder", tempfile.mkdtemp(prefix="spark_nn-").encode())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_leaves_no_temporary_folder(spark, store):
+    with RunDir.open(f"file://{store}") as run:
+        with pytest.raises(TrainingError, match="killed by SIGKILL"):
+            Gang(spark, 1).run(killed_with_a_folder, run)
+        assert not os.path.exists(run.read("folder").decode())
 
 
 def unserialisable(context):
