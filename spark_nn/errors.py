@@ -16,7 +16,17 @@ class ColumnError(SparkNNError, ValueError):
 
 
 class StoreError(SparkNNError, OSError):
-    """The run store cannot be reached, read or written."""
+    """The run store cannot be reached, read or written.
+
+    Attributes
+    ----------
+    transient : bool
+        Whether the same may succeed at another time: not on a disk that is full, or where permission is missing.
+    """
+
+    def __init__(self, message: str, *, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
 
 
 class DatasetError(SparkNNError):
@@ -46,6 +56,14 @@ class ModelFileError(SparkNNError):
     """A saved model is incomplete, was changed since it was saved, or holds what may not be loaded."""
 
 
+class CheckpointError(SparkNNError):
+    """A checkpoint is of another training than the one that was to go on from it."""
+
+
+class NonFiniteLoss(SparkNNError, ArithmeticError):
+    """The loss of a training step is NaN or infinite, and training was to stop then."""
+
+
 class TrainingError(SparkNNError):
     """Training failed on a worker.
 
@@ -55,8 +73,14 @@ class TrainingError(SparkNNError):
         The rank that failed first, ``None`` where none could report.
     host : str or None
         The host it ran on.
+    phase : str or None
+        What it was doing.
     workerTraceback : str or None
         The traceback as the worker saw it.
+    transient : bool
+        Whether a machine failed, and no mistake of the user's: such failures are retried (`maxRetries`).
+    restarts : list of str
+        Why training was begun again before, each time.
     """
 
     def __init__(
@@ -65,9 +89,15 @@ class TrainingError(SparkNNError):
         *,
         rank: int | None = None,
         host: str | None = None,
+        phase: str | None = None,
         workerTraceback: str | None = None,
+        transient: bool = False,
+        restarts: list[str] | None = None,
     ) -> None:
         super().__init__(message)
         self.rank = rank
         self.host = host
+        self.phase = phase
         self.workerTraceback = workerTraceback
+        self.transient = transient
+        self.restarts = restarts or []

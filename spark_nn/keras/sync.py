@@ -10,14 +10,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+import json
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import keras
 import numpy as np
+import tensorflow as tf
 
+from spark_nn.errors import NonFiniteLoss
 from spark_nn.gang.collective import Collective
 from spark_nn.keras.gradients import Averager
+
+# An odd number: whatever the rank, its multiples differ, and they lie far apart.
+_STRIDE = 0x9E3779B1
+# Seconds between two looks at what a GPU has noted: each look waits until it has done all its work.
+_LOOK_EVERY = 1.0
 
 
 class Synchroniser:
@@ -31,75 +41,158 @@ class Synchroniser:
         Exchange with the other ranks.
     rank : int
         This rank.
+    averager : Averager, optional
+        How gradients are averaged: through the collective, where nothing else is given.
+    nonFinite : {"ignore", "error"}
+        Whether a loss that is NaN or infinite, on any rank, stops the fit with `NonFiniteLoss`.
+
+    Attributes
+    ----------
+    first_step : int
+        How many steps of the first epoch were made before this fit, which goes on from there.
     """
 
-    def __init__(self, model: keras.Model, collective: Collective, rank: int) -> None:
+    def __init__(
+        self,
+        model: keras.Model,
+        collective: Collective,
+        rank: int,
+        averager: Averager | None = None,
+        *,
+        nonFinite: Literal["error", "ignore"] = "ignore",
+    ) -> None:
         self.model = model
         self.collective = collective
         self.rank = rank
+        self.averager = averager or Averager(collective)
+        self.first_step = 0
+        self._watch = _Watch() if nonFinite == "error" else None
 
     def start_alike(self) -> None:
         """Give every rank rank 0's weights and optimizer state, and random numbers of its own."""
-        for variable in [*self.model.variables, *self.model.optimizer.variables]:
+        variables = list(self.model.variables)
+        for optimizer in _optimizers(self.model):
+            variables += optimizer.variables
+        for variable in variables:
             value = _array(variable)
             # As bytes, because not every type of Keras is one that can be added up.
             self.collective.broadcast(value.reshape(-1).view(np.uint8))
             if variable.name == "seed_generator_state":
                 # Dropout on every rank must drop something else; rank 0 draws what a single process would.
-                value[0] += self.rank
+                value[:1] += np.array(self.rank * _STRIDE % 2**31, value.dtype)
             variable.assign(value)
+        if self.rank:
+            self._reseed()
+
+    def _reseed(self) -> None:
+        """Let layers that draw without a generator of their own draw other numbers than rank 0's do.
+
+        Python's and NumPy's random numbers stay alike on all ranks: callbacks may decide by them.
+        """
+        states = random.getstate(), np.random.get_state()
+        keras.utils.set_random_seed((int(np.random.randint(2**31)) + self.rank * _STRIDE) % 2**32)
+        keras.random.uniform(())  # Keras makes its generator when it is first used, from Python's numbers
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
     @contextlib.contextmanager
     def averaged_gradients(self) -> Iterator[None]:
-        """Average the gradients over the ranks in every step of the block.
+        """Average the gradients over the ranks in every step of the block, and watch the loss if that is asked for.
 
-        The optimizer gets a subclass of its own class for the time of the block. It keeps name and module, so
-        that what Keras saves meanwhile names the original.
+        The optimizers get methods of their own for the time of the block. Their classes stay as they are, so
+        that what Keras saves meanwhile names them, registered ones too.
         """
-        optimizer = self.model.optimizer
-        original = type(optimizer)
-        average = Averager(self.collective).average
-
-        def apply(self: Any, grads: Sequence[Any], trainable_variables: Any = None) -> Any:
-            return original.apply(self, average(grads), trainable_variables)
-
-        if self.collective.world > 1:
-            optimizer.__class__ = type(
-                original.__name__,
-                (original,),
-                {"apply": apply, "__module__": original.__module__, "__qualname__": original.__qualname__},
-            )
-        try:
+        model, watch = self.model, self._watch
+        if self.collective.world == 1 and watch is None:
             yield
-        finally:
-            optimizer.__class__ = original
+            return
+        with contextlib.ExitStack() as block:
+            for optimizer in _optimizers(model):
+                block.enter_context(_replaced(optimizer, "apply", self._averaged(optimizer)))
+                if watch is not None:
+                    block.enter_context(_replaced(optimizer, "scale_loss", watch.seen(optimizer)))
+            if watch is not None:
+                block.enter_context(_replaced(model, "train_step", watch.counted(model)))
+            # A step that was traced outside the block averages nothing, and one traced within still would.
+            block.callback(setattr, model, "train_function", None)
+            model.train_function = None
+            yield
+
+    def _averaged(self, optimizer: Any) -> Callable[..., Any]:
+        """The optimizer's ``apply``, on gradients of the global batch."""
+        original, watch, alone = optimizer.apply, self._watch, self.collective.world == 1
+
+        def apply(grads: Sequence[Any], trainable_variables: Any = None) -> Any:
+            given = list(grads)
+            if watch is not None:
+                # The news travels with the gradients, so that all ranks know it at the same step.
+                given.append(tf.identity(watch.bad))
+            if not alone:
+                given = self.averager.average(given)
+            if watch is not None:
+                watch.note(given.pop() > 0, optimizer)
+            return original(given, trainable_variables)
+
+        return apply
 
     def callback(self) -> keras.callbacks.Callback:
         """The callback that makes metrics and moving statistics global; it must come first."""
-        return _Global(self)
+        return _Global(self) if self._watch is None else _Watching(self, self._watch)
 
     def digest(self) -> bytes:
         """SHA-256 over the model's weights."""
         return _digest(self.model.weights)
 
-    def sum_metrics(self) -> dict[str, Any]:
-        """The value of each metric over the rows of all ranks. The metrics' own state becomes global."""
+    def sum_metrics(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The value of each metric over the rows of this rank and of all. The metrics' own state becomes global."""
+        own = self._results()
         variables = self.model.metrics_variables
         arrays = [_array(variable) for variable in variables]
         # Keras metrics keep sums and counts, which add up over ranks; doubles hold both exactly enough.
-        total = np.concatenate([np.ravel(array) for array in arrays] or [np.zeros(0)]).astype(np.float64)
+        total = np.concatenate([np.zeros(0), *(np.ravel(array) for array in arrays)], dtype=np.float64)
         self.collective.all_reduce(total)
-        for variable, array, part in zip(
-            variables, arrays, np.split(total, np.cumsum([a.size for a in arrays])[:-1]), strict=True
-        ):
-            variable.assign(part.reshape(array.shape).astype(array.dtype))
+        start = 0
+        for variable, array in zip(variables, arrays, strict=True):
+            part = total[start : start + array.size].reshape(array.shape)
+            start += array.size
+            # A metric may say that a variable of its is no sum.
+            if variable.aggregation == "mean":
+                part = part / self.collective.world
+            variable.assign(part.astype(array.dtype))
+        return own, self._results()
+
+    def _results(self) -> dict[str, Any]:
         return {name: _plain(value) for name, value in self.model.get_metrics_result().items()}
 
-    def average_logs(self, logs: dict[str, float]) -> dict[str, float]:
-        """The mean over the ranks of values that no metric stands behind."""
-        values = np.array([float(logs[name]) for name in sorted(logs)], dtype=np.float64)
-        self.collective.all_reduce(values, "mean")
-        return dict(zip(sorted(logs), values.tolist(), strict=True))
+    def combine_logs(self, logs: dict[str, Any], own: dict[str, Any], every: dict[str, Any]) -> dict[str, Any]:
+        """What a step logged, for the rows of all ranks.
+
+        Parameters
+        ----------
+        logs : dict
+            What this rank's last step logged; nothing where it had no rows.
+        own, every : dict
+            The metrics' values over the rows of this rank, and of all ranks.
+
+        Returns
+        -------
+        dict
+            The metric's value over all rows where a metric's value was logged; the mean over the ranks of what no
+            metric stands behind. The same bits on every rank, whatever its processor.
+        """
+        plain = {name: _plain(value) for name, value in logs.items()}
+        news = {
+            name: (value, name in own and _same(value, own[name]), every.get(name)) for name, value in plain.items()
+        }
+        gathered = [json.loads(part) for part in self.collective.all_gather(json.dumps(news).encode())]
+        values: dict[str, Any] = {}
+        for name in dict.fromkeys(name for part in gathered for name in part):
+            logged = [part[name] for part in gathered if name in part]
+            if all(measured for _, measured, _ in logged):
+                values[name] = logged[0][2]
+            else:
+                values[name] = np.mean([value for value, _, _ in logged], axis=0).tolist()
+        return values
 
     def settle_statistics(self) -> None:
         """Average what layers track on their own rows, such as BatchNormalization's moving statistics."""
@@ -108,8 +201,13 @@ class Synchroniser:
             return
         for variable in variables:
             value = _array(variable)
-            if np.issubdtype(value.dtype, np.floating):
-                self.collective.all_reduce(value, "mean")
+            if "float" in value.dtype.name:
+                # Halves add up in single precision; doubles stay doubles.
+                wide = value.astype(
+                    np.promote_types(np.float32, value.dtype) if value.dtype.kind == "f" else np.float32
+                )
+                self.collective.all_reduce(wide, "mean")
+                value = wide.astype(value.dtype)
             else:
                 self.collective.broadcast(value.reshape(-1).view(np.uint8))
             variable.assign(value)
@@ -121,8 +219,9 @@ class _Global(keras.callbacks.Callback):  # type: ignore[misc]
     def __init__(self, sync: Synchroniser) -> None:
         super().__init__()
         self.sync = sync
-        self.train: dict[str, Any] | None = None
+        self.train: tuple[dict[str, Any], dict[str, Any]] | None = None
         self.validation: dict[str, Any] = {}
+        self.logs: dict[str, Any] = {}
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.sync.collective.mark(epoch, 0)  # ranks that meet in different epochs are told so
@@ -132,11 +231,10 @@ class _Global(keras.callbacks.Callback):  # type: ignore[misc]
         self.sync.settle_statistics()
         self.train = self.sync.sum_metrics()
 
-    def on_test_end(self, logs: Any = None) -> None:
-        results = self.sync.sum_metrics()
-        logs = logs or {}
-        values = results if set(logs) == set(results) else self.sync.average_logs(logs)
-        self.validation = {f"val_{name}": value for name, value in values.items()}
+    def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
+        logs = {} if logs is None else logs
+        logs.update(self.sync.combine_logs(logs, *self.sync.sum_metrics()))
+        self.validation = {f"val_{name}": value for name, value in logs.items()}
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logs = {} if logs is None else logs
@@ -144,10 +242,152 @@ class _Global(keras.callbacks.Callback):  # type: ignore[misc]
             self.sync.settle_statistics()
             self.train = self.sync.sum_metrics()
         own = {name: value for name, value in logs.items() if name not in self.validation}
-        # The rule is Keras's: a train_step that logs what no metric measures is taken at its word.
-        values = self.train if set(own) == set(self.train) else self.sync.average_logs(own)
-        logs.update({**values, **self.validation})
+        logs.update({**self.sync.combine_logs(own, *self.train), **self.validation})
+        self.logs = dict(logs)
         self.train, self.validation = None, {}
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        if logs:
+            logs.update(self.logs)
+
+
+class _Watching(_Global):
+    """Stops the fit at a loss that is not finite, too."""
+
+    def __init__(self, sync: Synchroniser, watch: _Watch) -> None:
+        super().__init__(sync)
+        self.watch = watch
+        self.epoch = 0
+        self.first_step = sync.first_step
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        super().on_epoch_begin(epoch, logs)
+        self.epoch = epoch
+        self.watch.begin(self.first_step)
+        self.first_step = 0
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if self.watch.due():
+            self.watch.look(self.epoch)
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        self.watch.look(self.epoch)
+        super().on_test_begin(logs)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self.watch.look(self.epoch)
+        super().on_epoch_end(epoch, logs)
+
+
+class _Watch:
+    """Notes the first step of an epoch whose loss is not finite.
+
+    It does so in the step's own graph, because Python sees an execution of several steps only when all are over.
+    """
+
+    def __init__(self) -> None:
+        self.step = tf.Variable(0, trainable=False, dtype=tf.int64)  # the one that runs, from 1
+        self.bad = tf.Variable(0.0, trainable=False)  # above 0 where its loss is not finite on this rank
+        self.first = tf.Variable(0, trainable=False, dtype=tf.int64)  # 0 as long as there is none
+        self.rate = tf.Variable(np.nan, trainable=False, dtype=tf.float32)  # the learning rate of that step
+        self.scaled = False
+        self.looked = 0.0
+
+    def begin(self, step: int) -> None:
+        """Start an epoch, after some of its steps."""
+        self.step.assign(step)
+
+    def counted(self, model: keras.Model) -> Callable[..., Any]:
+        """The model's ``train_step``, counted; where it does not scale the loss, the loss that it logs is noted."""
+        original = model.train_step
+
+        def train_step(*args: Any, **kwargs: Any) -> Any:
+            self.step.assign_add(1)
+            self.bad.assign(0.0)
+            self.scaled = False
+            logs = original(*args, **kwargs)
+            loss = logs.get("loss") if isinstance(logs, dict) else None
+            if loss is not None and not self.scaled:
+                self.note(_not_finite(loss), model.optimizer)
+            return logs
+
+        return train_step
+
+    def seen(self, optimizer: Any) -> Callable[[Any], Any]:
+        """The optimizer's ``scale_loss``, which every step passes its loss through before it is scaled."""
+        original = optimizer.scale_loss
+
+        def scale_loss(loss: Any) -> Any:
+            self.scaled = True
+            self.bad.assign_add(tf.cast(_not_finite(loss), tf.float32))
+            return original(loss)
+
+        return scale_loss
+
+    def note(self, bad: Any, optimizer: Any) -> None:
+        """Keep the running step in mind if it is the first bad one."""
+        new = tf.logical_and(bad, tf.equal(self.first, 0))
+        self.first.assign(tf.where(new, self.step, self.first))
+        rate = getattr(optimizer, "learning_rate", None)  # an optimizer made of several has none
+        if rate is not None:
+            rate = tf.cast(tf.convert_to_tensor(rate), tf.float32)
+            self.rate.assign(tf.where(new, rate, self.rate))
+
+    def due(self) -> bool:
+        """Whether it is time to look."""
+        return "GPU" not in self.first.device or time.monotonic() >= self.looked + _LOOK_EVERY
+
+    def look(self, epoch: int) -> None:
+        """Raise `NonFiniteLoss` if a step of this epoch was noted."""
+        self.looked = time.monotonic()
+        step, rate = int(self.first.numpy()), float(self.rate.numpy())
+        if step:
+            known = "" if np.isnan(rate) else f", with learning rate {rate:g}"
+            raise NonFiniteLoss(
+                f"the loss is NaN or infinite in epoch {epoch + 1} at step {step}{known}. Set a smaller learningRate, "
+                "clip the gradients (clipnorm of the optimizer), and look for extreme values in the inputs and labels; "
+                "nonFiniteLoss='ignore' would let training go on"
+            )
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Give an object a method of its own for the time of the block."""
+    attributes = vars(owner)  # not by setattr, which Keras overrides
+    before = attributes.get(name)
+    attributes[name] = method
+    try:
+        yield
+    finally:
+        del attributes[name]
+        if before is not None:
+            attributes[name] = before
+
+
+def _optimizers(model: keras.Model) -> list[Any]:
+    """The optimizer that the model was compiled with, and those that a ``train_step`` of its own may use."""
+    found: dict[int, Any] = {}
+    for layer in _layers(model):
+        for value in vars(layer).values():
+            values = (
+                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
+            )
+            found.update({id(each): each for each in values if isinstance(each, keras.optimizers.Optimizer)})
+    # What an optimizer passes on to those within it is averaged already.
+    for optimizer in list(found.values()):
+        for inner in [*getattr(optimizer, "optimizers", []), getattr(optimizer, "inner_optimizer", None)]:
+            found.pop(id(inner), None)
+    return list(found.values())
+
+
+def _layers(layer: Any) -> Iterator[Any]:
+    yield layer
+    for each in getattr(layer, "layers", []):
+        yield from _layers(each)
+
+
+def _not_finite(loss: Any) -> Any:
+    return tf.logical_not(tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(loss))))
 
 
 def _array(variable: Any) -> np.ndarray:
@@ -159,6 +399,10 @@ def _plain(value: Any) -> Any:
     """A metric's value as JSON can hold it; some have a value per class."""
     array = np.asarray(keras.ops.convert_to_numpy(value), np.float64)
     return float(array.item()) if array.size == 1 else array.tolist()
+
+
+def _same(one: Any, other: Any) -> bool:
+    return np.array_equal(one, other, equal_nan=True)
 
 
 def _digest(variables: Sequence[Any]) -> bytes:
