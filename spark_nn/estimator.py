@@ -114,7 +114,7 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
         self.checkTrainingParams()
         self._check()
         dataset = source.dataset
-        gang = Gang(dataset.sparkSession, self.getNumWorkers())
+        gang = Gang(dataset.sparkSession, self.getNumWorkers(), self.getTimeout(), self.getMaxRetries())
         schedule = self._schedule()
         spec = self._spec(dataset.schema, schedule)
         gang.check()
@@ -122,21 +122,22 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
         clock = [time.monotonic()]
         with RunDir.open(store) as run:
             trainer = self._trainer(schedule, run)
+            home = gang.home(trainer.environment, trainer.preload)
+            gang.warm(home)  # the executors import the framework while the rows are written
             data = source.lease(spec, store)
             check_count(data.manifest, spec, gang.world)
             clock.append(time.monotonic())
             training = functools.partial(trainer, data=data.run)
-            answer = gang.run(training, run, environment=trainer.environment, verbose=self.getVerbose())
+            outcome = gang.run(training, run, home=home, verbose=self.getVerbose())
             clock.append(time.monotonic())
-            trained = Trained(**answer)
+            trained = Trained(**outcome.value)
             file = ModelFile.fetch(run, trained.file, trained.sha256)
         model = self._newModel()
         # CrossValidator sets grid values on the model by the estimator's params: they must share the uid.
         model._resetUid(self.uid)
         outputs = {name: Output.fromDict(output) for name, output in trained.outputs.items()}
-        model._fitted = Fitted(
-            file, data.manifest.role("features"), outputs, self._summary(trained, data.manifest, clock)
-        )
+        summary = self._summary(trained, data.manifest, outcome.restarts, clock)
+        model._fitted = Fitted(file, data.manifest.role("features"), outputs, summary)
         return self._copyValues(model)
 
     def _spec(self, schema: StructType, schedule: Schedule) -> Spec:
@@ -161,7 +162,9 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
             skip=self.getHandleInvalid() == "skip",
         )
 
-    def _summary(self, trained: Trained, manifest: Manifest, clock: list[float]) -> TrainingSummary:
+    def _summary(
+        self, trained: Trained, manifest: Manifest, restarts: list[str], clock: list[float]
+    ) -> TrainingSummary:
         """What the fit was like; `clock` holds when it began, when the rows were written and when training ended."""
         began, written, ended = clock
         return TrainingSummary(
@@ -172,6 +175,7 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
             numWorkers=self.getNumWorkers(),
             rowsPerSecond=trained.rowsPerSecond,
             epochSeconds=trained.epochSeconds,
+            restarts=restarts,
             seconds={
                 "materialize": written - began,
                 "start": max(0.0, ended - written - sum(trained.seconds.values())),
@@ -188,6 +192,8 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
             shuffle=self.getShuffle(),
             cache=self.getCache(),  # type: ignore[arg-type]
             classWeights=self.getClassWeights() if self.isDefined("classWeights") else {},
+            nonFiniteLoss=self.getNonFiniteLoss(),  # type: ignore[arg-type]
+            checkpointInterval=max(0, self.getCheckpointInterval()) if self.isDefined("checkpointInterval") else None,
         )
 
 

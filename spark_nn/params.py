@@ -1,19 +1,12 @@
-"""Params shared by every estimator and model, their converters and their checks.
-
-A converter raises ``TypeError`` for a value of the wrong type (pyspark adds the param's name) and
-:class:`~spark_nn.errors.ParamError` for a value out of range. Unlike pyspark's own converters they take
-NumPy scalars, which is what a loop over ``np.logspace`` hands out.
-"""
+"""Params shared by every estimator and model, and their checks."""
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 from pyspark.ml.param import Param, Params, TypeConverters
 from pyspark.ml.param.shared import (
+    HasCheckpointInterval,
     HasFeaturesCol,
     HasInputCols,
     HasLabelCol,
@@ -28,131 +21,19 @@ from pyspark.sql.types import StructType
 
 from spark_nn import columns
 from spark_nn.columns import Tensor
+from spark_nn.converters import (
+    boolean,
+    checkpoint_interval,
+    choice,
+    class_weights,
+    columns_dict,
+    integer,
+    number,
+    param,
+)
 from spark_nn.errors import ParamError
 
 P = TypeVar("P", bound=Params)
-
-
-def integer(name: str, *, low: int | None = None) -> Callable[[Any], int]:
-    """Converter for whole numbers of at least `low`; refuses booleans and fractions."""
-
-    def convert(value: Any) -> int:
-        whole = isinstance(value, numbers.Integral) or (isinstance(value, numbers.Real) and float(value).is_integer())
-        if isinstance(value, (bool, np.bool_)) or not whole:
-            raise TypeError(f"{name} takes a whole number, not {value!r} ({type(value).__name__})")
-        if low is not None and int(value) < low:
-            raise ParamError(f"{name}={int(value)}: must be at least {low}")
-        return int(value)
-
-    return convert
-
-
-def number(name: str, *, above: float | None = None, low: float | None = None, below: float | None = None) -> Any:
-    """Converter for finite numbers in an interval: `above` and `below` are excluded, `low` is included."""
-
-    def convert(value: Any) -> float:
-        if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
-            raise TypeError(f"{name} takes a number, not {value!r} ({type(value).__name__})")
-        result = float(value)
-        limits = [
-            (above is not None and not result > above, f"above {above}"),
-            (low is not None and not result >= low, f"at least {low}"),
-            (below is not None and not result < below, f"below {below}"),
-            (not np.isfinite(result), "finite"),
-        ]
-        for broken, rule in limits:
-            if broken:
-                raise ParamError(f"{name}={result}: must be {rule}")
-        return result
-
-    return convert
-
-
-def boolean(name: str) -> Callable[[Any], bool]:
-    """Converter for true and false, NumPy's included."""
-
-    def convert(value: Any) -> bool:
-        if not isinstance(value, (bool, np.bool_)):
-            raise TypeError(f"{name} takes True or False, not {value!r} ({type(value).__name__})")
-        return bool(value)
-
-    return convert
-
-
-def choice(name: str, allowed: Sequence[Any]) -> Callable[[Any], Any]:
-    """Converter that lets only the values in `allowed` through."""
-
-    def convert(value: Any) -> Any:
-        if isinstance(value, np.generic):
-            value = value.item()
-        if isinstance(value, bool) or value not in allowed:
-            raise ParamError(f"{name}={value!r}: must be one of {', '.join(map(repr, allowed))}")
-        return value
-
-    return convert
-
-
-def plain_dict(name: str) -> Callable[[Any], dict[str, Any]]:
-    """Converter for a dict with string keys whose values JSON can hold; NumPy scalars become plain ones."""
-
-    def plain(value: Any, where: str) -> Any:
-        if isinstance(value, np.generic):
-            return value.item()
-        if value is None or isinstance(value, (str, bool, int, float)):
-            return value
-        if isinstance(value, (list, tuple)):
-            return [plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-        if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-            return {key: plain(item, f"{where}[{key!r}]") for key, item in value.items()}
-        raise TypeError(
-            f"{where} is {value!r} ({type(value).__name__}): only numbers, strings, booleans, None, lists "
-            "and dicts with string keys can be saved with the stage. Pass anything else through the "
-            "function that uses it"
-        )
-
-    def convert(value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise TypeError(f"{name} takes a dict, not {value!r} ({type(value).__name__})")
-        result: dict[str, Any] = plain(value, name)
-        return result
-
-    return convert
-
-
-def columns_dict(name: str, *, several: bool) -> Callable[[Any], dict[str, Any]]:
-    """Converter for a dict of the model's names to columns, or to lists of them where `several` may go together."""
-
-    def convert(value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict) or not value:
-            raise TypeError(f"{name} takes a dict with at least one entry, not {value!r} ({type(value).__name__})")
-        result: dict[str, Any] = {}
-        for key, given in value.items():
-            listed = several and isinstance(given, (list, tuple)) and len(given) > 0
-            names = given if listed else [given]
-            if not isinstance(key, str) or not all(isinstance(each, str) for each in names):
-                lists = " or a non-empty list of such names" if several else ""
-                raise TypeError(f"{name}[{key!r}] takes a column's name{lists}, not {given!r}")
-            if not key or ":" in key:
-                raise ParamError(f"{name} has the key {key!r}: must be a name of the model's, not empty, without ':'")
-            result[key] = list(given) if listed else given
-        return result
-
-    return convert
-
-
-def class_weights(value: Any) -> dict[int, float]:
-    """Converter for a dict of classes to weights; the classes may come as the strings that JSON makes of them."""
-    if not isinstance(value, dict) or not value:
-        raise TypeError(f"classWeights takes a dict of classes to weights, such as {{0: 1.0, 1: 5.0}}, not {value!r}")
-    as_class = integer("classWeights' class", low=0)
-    as_weight = number("classWeights' weight", low=0.0)
-    keys = [int(key) if isinstance(key, str) and key.isdigit() else key for key in value]
-    return {as_class(key): as_weight(weight) for key, weight in zip(keys, value.values(), strict=True)}
-
-
-def param(name: str, doc: str, converter: Callable[[Any], Any]) -> Param[Any]:
-    """Declare a Param, as pyspark.ml does it."""
-    return Param(Params._dummy(), name, doc, typeConverter=converter)
 
 
 class ModelParams(HasFeaturesCol, HasInputCols, HasLabelCol, HasPredictionCol, HasProbabilityCol, HasRawPredictionCol):
@@ -256,7 +137,67 @@ class ModelParams(HasFeaturesCol, HasInputCols, HasLabelCol, HasPredictionCol, H
         return (columns.features(schema, "inputCols", list(self.getInputCols())),)
 
 
-class TrainingParams(ModelParams, HasWeightCol, HasValidationIndicatorCol, HasSeed):
+class RunningParams(HasCheckpointInterval):
+    """Params of how a gang runs, whatever it trains."""
+
+    timeout: Param[float] = param(
+        "timeout",
+        "Seconds after which a worker that gives no sign of life, data that does not come, or a start that does not "
+        "happen ends the attempt (> 0).",
+        number("timeout", above=0.0),
+    )
+    maxRetries: Param[int] = param(
+        "maxRetries",
+        "How often training is begun again, from the last checkpoint, after a worker, its machine or the store has "
+        "failed (>= 0). Errors of the model or of a callback are raised at once.",
+        integer("maxRetries", low=0),
+    )
+    checkpointInterval: Param[int] = param(
+        "checkpointInterval",
+        "Steps between two checkpoints (>= 1), or -1 for none. If it is not set, one is written about every minute.",
+        checkpoint_interval,
+    )
+    collective: Param[str] = param(
+        "collective",
+        "How workers exchange gradients: 'ring', over TCP connections of our own, the fastest on CPUs; 'native', by "
+        "the framework's own operations (NCCL between GPUs); 'auto', native where every worker has a GPU, else ring.",
+        choice("collective", ("auto", "ring", "native")),
+    )
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._setDefault(timeout=600.0, maxRetries=3, collective="auto")
+
+    def getTimeout(self) -> float:
+        """Get :py:attr:`timeout`."""
+        return self.getOrDefault(self.timeout)
+
+    def setTimeout(self: P, value: float) -> P:
+        """Set :py:attr:`timeout`."""
+        return self._set(timeout=value)
+
+    def getMaxRetries(self) -> int:
+        """Get :py:attr:`maxRetries`."""
+        return self.getOrDefault(self.maxRetries)
+
+    def setMaxRetries(self: P, value: int) -> P:
+        """Set :py:attr:`maxRetries`."""
+        return self._set(maxRetries=value)
+
+    def setCheckpointInterval(self: P, value: int) -> P:
+        """Set :py:attr:`checkpointInterval`."""
+        return self._set(checkpointInterval=value)
+
+    def getCollective(self) -> str:
+        """Get :py:attr:`collective`."""
+        return self.getOrDefault(self.collective)
+
+    def setCollective(self: P, value: str) -> P:
+        """Set :py:attr:`collective`."""
+        return self._set(collective=value)
+
+
+class TrainingParams(ModelParams, RunningParams, HasWeightCol, HasValidationIndicatorCol, HasSeed):
     """Params of every estimator, whatever framework trains its model."""
 
     validationFraction: Param[float] = param(
@@ -303,6 +244,12 @@ class TrainingParams(ModelParams, HasWeightCol, HasValidationIndicatorCol, HasSe
         "Learning rate of the optimizer (> 0), in place of the optimizer's own.",
         number("learningRate", above=0.0),
     )
+    nonFiniteLoss: Param[str] = param(
+        "nonFiniteLoss",
+        "What to do when the loss of a step is NaN or infinite: 'error' ends the fit and names the step, 'ignore' goes "
+        "on.",
+        choice("nonFiniteLoss", ("error", "ignore")),
+    )
     storeUrl: Param[str] = param(
         "storeUrl",
         "Directory that the driver and every executor can read and write, as a path or fsspec URL "
@@ -336,6 +283,7 @@ class TrainingParams(ModelParams, HasWeightCol, HasValidationIndicatorCol, HasSe
             shuffle=True,
             # pyspark's default seed hashes the class name, which differs from one process to the next.
             seed=0,
+            nonFiniteLoss="error",
             cache="auto",
             verbose=1,
         )
@@ -437,6 +385,14 @@ class TrainingParams(ModelParams, HasWeightCol, HasValidationIndicatorCol, HasSe
     def setLearningRate(self: P, value: float) -> P:
         """Set :py:attr:`learningRate`."""
         return self._set(learningRate=value)
+
+    def getNonFiniteLoss(self) -> str:
+        """Get :py:attr:`nonFiniteLoss`."""
+        return self.getOrDefault(self.nonFiniteLoss)
+
+    def setNonFiniteLoss(self: P, value: str) -> P:
+        """Set :py:attr:`nonFiniteLoss`."""
+        return self._set(nonFiniteLoss=value)
 
     def getStoreUrl(self) -> str:
         """Get :py:attr:`storeUrl`."""

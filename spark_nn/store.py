@@ -8,6 +8,7 @@ directory's file ``alive`` is renewed; those of drivers that died are removed wh
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -17,9 +18,9 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import fsspec
 
@@ -31,9 +32,15 @@ if TYPE_CHECKING:
 STORE_CONF = "spark.nn.storeUrl"
 # Seconds after which a directory whose driver gives no sign of life is taken to be left behind.
 TTL = 3600.0
+# Seconds between attempts at something that the store has refused.
+_PAUSES = (0.2, 1.0)
+# What another attempt does not change.
+_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
 _ALIVE = "alive"
 _OURS = re.compile(r"(run|data)-[0-9a-f]{32}")
 _LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def store_url(spark: SparkSession, url: str | None) -> str:
@@ -158,18 +165,26 @@ class RunDir:
         self.fs.makedirs(self.path(name), exist_ok=True)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file so that nobody ever sees a part of it."""
-        draft = self.path(f"{name}.{uuid.uuid4().hex}.draft")
-        self.fs.pipe_file(draft, data)
-        self.fs.mv(draft, self.path(name))
+        """Write a file so that nobody ever sees a part of it.
+
+        Raises
+        ------
+        StoreError
+            It could not be written, several times over. The other methods raise it likewise.
+        """
+        self._publish(name, lambda draft: self.fs.pipe_file(draft, data))
 
     def read(self, name: str) -> bytes | None:
         """The bytes of a file, None where there is none."""
-        try:
-            data: bytes = self.fs.cat_file(self.path(name))
-        except FileNotFoundError:
-            return None
-        return data
+
+        def read() -> bytes | None:
+            try:
+                data: bytes = self.fs.cat_file(self.path(name))
+            except FileNotFoundError:
+                return None
+            return data
+
+        return self._patiently("read", name, read)
 
     def writeJson(self, name: str, value: Any) -> None:
         """Write a value as JSON, whole or not at all."""
@@ -182,13 +197,58 @@ class RunDir:
 
     def put(self, local: Path, name: str) -> None:
         """Copy a local file into the directory, whole or not at all."""
-        draft = self.path(f"{name}.{uuid.uuid4().hex}.draft")
-        self.fs.put_file(str(local), draft)
-        self.fs.mv(draft, self.path(name))
+        self._publish(name, lambda draft: self.fs.put_file(str(local), draft))
 
     def get(self, name: str, local: Path) -> None:
         """Copy a file of the directory to a local path."""
-        self.fs.get_file(self.path(name), str(local))
+        self._patiently("read", name, lambda: self.fs.get_file(self.path(name), str(local)))
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in a directory below this one, sorted; none where there is no such directory."""
+
+        def names() -> list[str]:
+            self.fs.invalidate_cache()
+            try:
+                paths = self.fs.ls(self.path(folder), detail=False)
+            except FileNotFoundError:
+                return []
+            return sorted(str(path).rpartition("/")[2] for path in paths)
+
+        return self._patiently("list", folder, names)
+
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.path(name))
+
+    def _publish(self, name: str, write: Callable[[str], object]) -> None:
+        def publish() -> None:
+            draft = self.path(f"{name}.{uuid.uuid4().hex}.draft")
+            try:
+                write(draft)
+                self.fs.mv(draft, self.path(name))
+            except BaseException:
+                with contextlib.suppress(Exception):  # it may not even be there, and the error to tell is the first one
+                    self.fs.rm_file(draft)
+                raise
+
+        self._patiently("write", name, publish)
+
+    def _patiently(self, verb: str, name: str, act: Callable[[], T]) -> T:
+        """Do something with the store, again where it failed in a way that may pass."""
+        for pause in (*_PAUSES, None):
+            try:
+                return act()
+            except Exception as error:
+                lasting = getattr(error, "errno", None) in _LASTING
+                if lasting or pause is None:
+                    cure = "make room or give it another storeUrl" if lasting else "look at what serves the store"
+                    raise StoreError(
+                        f"cannot {verb} {name!r} in the store, {self.url}: {type(error).__name__}: {error}; {cure}",
+                        transient=not lasting,
+                    ) from error
+                time.sleep(pause)
+        raise AssertionError("unreachable")
 
     def remove(self) -> None:
         """Remove the directory and all that is in it; never raises, since it runs after other errors too."""

@@ -27,6 +27,8 @@ class TrainingSummary:
         Training rows per second, all workers together, without start-up and validation.
     epochSeconds : list of float
         Seconds of each epoch's training.
+    restarts : list of str
+        Why training was begun again, each time, after a machine had failed.
     seconds : dict of str to float
         Where the time of the fit went: ``materialize`` (rows to Parquet, or finding them there), ``start`` (the
         workers' processes), ``import`` (of the framework), ``train``, ``publish`` (the model), and ``total``.
@@ -39,6 +41,7 @@ class TrainingSummary:
     numWorkers: int
     rowsPerSecond: float
     epochSeconds: list[float]
+    restarts: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from spark_nn.checkpoint import Checkpoints
 from spark_nn.dataset import memory
 from spark_nn.dataset.manifest import MANIFEST, Manifest, Split
 from spark_nn.dataset.stream import Block, Cache, Stream
@@ -39,6 +40,10 @@ class Schedule:
         What each rank keeps of the rows that it has read.
     classWeights : dict of int to float
         How much the rows of each class count, 1 where it says nothing.
+    checkpointInterval : int or None
+        Steps between two checkpoints; None for about a minute; 0 for none.
+    nonFiniteLoss : {"error", "ignore"}
+        Whether a loss that is NaN or infinite ends the training.
     """
 
     epochs: int
@@ -47,6 +52,8 @@ class Schedule:
     shuffle: bool
     cache: Literal["auto", "memory", "disk", "none"] = "none"
     classWeights: dict[int, float] = field(default_factory=dict)
+    checkpointInterval: int | None = None
+    nonFiniteLoss: Literal["error", "ignore"] = "error"
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,8 @@ class Trainer(ABC):
 
     # What must be set in the rank's process before the framework is imported there.
     environment: ClassVar[dict[str, str]] = {}
+    # What may be done once per executor, before it is known what to train: imports, as ``module:function``.
+    preload: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -105,14 +114,24 @@ class Trainer(ABC):
                 "same directory there as on the driver. Set storeUrl to storage that all hosts share"
             )
         manifest = Manifest.fromDict(value)
+        schedule = self.schedule
+        identity = {"rows": asdict(manifest.content), "batch": schedule.batch, "seed": schedule.seed}
+        checkpoints = Checkpoints(gang, schedule.checkpointInterval, identity)
         with closing(self._stream(gang, data, manifest, "train")) as train:
             if not manifest.validation:
-                return asdict(self.train(gang, manifest, train, None))
+                return asdict(self.train(gang, manifest, train, None, checkpoints))
             with closing(self._stream(gang, data, manifest, "validation")) as validation:
-                return asdict(self.train(gang, manifest, train, validation))
+                return asdict(self.train(gang, manifest, train, validation, checkpoints))
 
     @abstractmethod
-    def train(self, gang: GangContext, manifest: Manifest, data: Stream, validation: Stream | None) -> Trained:
+    def train(
+        self,
+        gang: GangContext,
+        manifest: Manifest,
+        data: Stream,
+        validation: Stream | None,
+        checkpoints: Checkpoints,
+    ) -> Trained:
         """Train in step with the other ranks and publish the model from rank 0.
 
         Parameters
@@ -125,6 +144,8 @@ class Trainer(ABC):
             This rank's training batches: the same number of them, of the same sizes, on every rank.
         validation : Stream or None
             This rank's share of the validation rows, of any size.
+        checkpoints : Checkpoints
+            Where to go on, after an earlier attempt, and what to leave for a later one.
         """
 
     def _stream(self, gang: GangContext, data: RunDir, manifest: Manifest, split: Split) -> Stream:

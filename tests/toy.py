@@ -8,25 +8,28 @@ from dataclasses import dataclass
 import numpy as np
 from pyspark import keyword_only
 
+from spark_nn.checkpoint import Place
+from spark_nn.converters import integer, number, param
 from spark_nn.estimator import NeuralEstimator, NeuralModel
-from spark_nn.params import integer, param
 from spark_nn.trainer import Trained, Trainer, check_digests, publish
 
 
 class ToyEstimator(NeuralEstimator["ToyModel"]):
     failRank = param("failRank", "Rank that raises an error at its third step; -1 for none.", integer("failRank"))
+    stepSeconds = param("stepSeconds", "Seconds to sleep in every step.", number("stepSeconds", low=0.0))
 
     @keyword_only
     def __init__(self, **kwargs):
         super().__init__()
-        self._setDefault(failRank=-1, learningRate=0.1)
+        self._setDefault(failRank=-1, learningRate=0.1, stepSeconds=0.0)
         self._set(**self._input_kwargs)
 
     def _check(self):
         pass
 
     def _trainer(self, schedule, run):
-        return ToyTrainer(schedule, self.getLearningRate(), self.getOrDefault("failRank"))
+        settings = [self.getOrDefault(name) for name in ("learningRate", "failRank", "stepSeconds")]
+        return ToyTrainer(schedule, *settings)
 
     def _newModel(self):
         return ToyModel()
@@ -50,32 +53,46 @@ class Toy:
 
 
 class ToyTrainer(Trainer):
-    def __init__(self, schedule, rate, failRank):
+    preload = ("spark_nn.dataset.petastorm_compat:load",)
+
+    def __init__(self, schedule, rate, failRank, stepSeconds):
         super().__init__(schedule)
         self.rate = rate
         self.failRank = failRank
+        self.stepSeconds = stepSeconds
 
-    def train(self, gang, manifest, data, validation):
+    def train(self, gang, manifest, data, validation, checkpoints):
         (width,) = manifest.tensor("features").shape
         toy = Toy(np.zeros(width + 1))
         gang.progress.update(epochs=self.schedule.epochs, steps=data.steps, rows=data.rows * gang.world)
-        history = {"loss": [], "rows": []}
-        for epoch in range(self.schedule.epochs):
+        history, seen, place = {"loss": [], "rows": []}, np.zeros(2), Place(0, 0)
+        if (found := checkpoints.restore()) is not None:
+            place, history, seen = found.place, found.state["history"], found.own["seen"]
+            toy.weights[:] = np.frombuffer(bytes.fromhex(found.state["weights"]))
+        checkpoints.begin(place.epoch * data.steps + place.step)
+        for epoch in range(place.epoch, self.schedule.epochs):
             began = time.monotonic()
-            seen = np.zeros(2)
-            for step, block in enumerate(data.epoch(epoch)):
-                if gang.rank == self.failRank and step == 2:
+            start = place.step if epoch == place.epoch else 0
+            for step, block in enumerate(data.epoch(epoch, start=start), start + 1):
+                gang.progress.update(phase="training", epoch=epoch + 1, step=step)
+                if gang.rank == self.failRank and step == 3:
                     raise ValueError("the toy broke on purpose")
                 x, y = block["features"].astype(np.float64), block["label"].astype(np.float64)
                 gradient = toy.gradient(x, y)
                 gang.collective.all_reduce(gradient, "mean")
                 toy.weights -= self.rate * gradient
                 seen += [((toy.predict(x) - y) ** 2).sum(), len(x)]
+                if self.stepSeconds:
+                    time.sleep(self.stepSeconds)
+                if checkpoints.due(epoch * data.steps + step) and step < data.steps:
+                    state = {"history": history, "weights": toy.weights.tobytes().hex()}
+                    checkpoints.save(Place(epoch, step), state, {}, {"seen": seen})
             gang.collective.all_reduce(seen)
             history["loss"].append(seen[0] / seen[1])
             history["rows"].append(seen[1])
+            seen = np.zeros(2)
             seconds = [*gang.progress.state.seconds, time.monotonic() - began]
-            gang.progress.update(epoch=epoch + 1, history=history, seconds=seconds)
+            gang.progress.update(history=history, seconds=seconds)
         check_digests(gang, toy.weights.tobytes())
         name, sha256 = publish(gang, lambda path: np.save(path, toy.weights), ".npy") if gang.rank == 0 else ("", "")
         return Trained(

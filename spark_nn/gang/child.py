@@ -1,50 +1,83 @@
-"""The process of one rank: ``python -m spark_nn.gang.child``, started and guarded by its Spark task."""
+"""The process of one rank: forked from the executor's server, or ``python -m spark_nn.gang.child``.
+
+Its Spark task guards it, over a connection: what to do comes there, signs of life go there, and where it ends, the
+process ends.
+"""
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import json
 import os
-import signal
 import socket
 import struct
 import sys
+import tempfile
 import threading
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import cloudpickle
+import numpy as np
 
 from spark_nn.errors import PeerLost
 from spark_nn.gang.collective import Alone, Collective, Ring
-from spark_nn.gang.context import RESULT, GangContext
+from spark_nn.gang.context import RESULT, GangContext, attempt_folder
 from spark_nn.gang.failure import Failure
+from spark_nn.gang.forkserver import die_with_parent, name_process
 from spark_nn.gang.progress import Reporter
 from spark_nn.store import RunDir
 
-_PR_SET_PDEATHSIG = 1
+# Seconds between two signs of life, at most.
+_SIGN = 0.5
 
 
-def main() -> int:
-    """Read the order from standard input, run the function, leave the result; return the exit status."""
-    parent = os.getppid()
-    die_with_parent(parent)
-    order = json.loads(_receive(sys.stdin.buffer))
-    function = _receive(sys.stdin.buffer)
-    threading.Thread(target=_leave_with, args=(sys.stdin.buffer,), daemon=True).start()
-    run = RunDir(order["run"])
-    rank, host = order["rank"], order["host"]
-    progress = Reporter(run, rank)
+def run(sock: socket.socket, listener: int) -> int:
+    """Do what the task sends; return the exit status."""
+    try:
+        with sock.makefile("rb") as stream:
+            order = json.loads(_receive(stream))
+            function = _receive(stream)
+        _settle(order)
+        _obey(sock, order, function, socket.socket(fileno=listener))
+    except BaseException:  # noqa: BLE001
+        # What is printed here, the task finds at the end of the log.
+        sys.excepthook(*sys.exc_info())
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+def _settle(order: dict[str, Any]) -> None:
+    """Be a process of this order, and of nothing that was before."""
+    name_process(f"spark_nn rank {order['rank']}")
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    tempfile.tempdir = None
+    np.random.seed()  # forks would all draw the same numbers; Python's own generator sees to itself
+
+
+def _obey(sock: socket.socket, order: dict[str, Any], function: bytes, listener: socket.socket) -> None:
+    """Run the function, and leave its result or its failure."""
+    run, rank, host = RunDir(order["run"]), order["rank"], order["host"]
+    attempt = RunDir(attempt_folder(run, order["attempt"]))
+    progress = Reporter(attempt, rank)
+    for guard in (_leave_with, _give_signs):
+        threading.Thread(target=guard, args=(sock, progress, order["timeout"]), daemon=True).start()
     collective: Collective | None = None
     try:
-        collective = _join(order)
+        collective = _join(order, listener)
         context = GangContext(
             rank=rank,
             world=collective.world,
             host=host,
             cpus=order["cpus"],
             neighbours=order["neighbours"],
+            attempt=order["attempt"],
+            timeout=order["timeout"],
             scratch=Path(order["scratch"]),
             run=run,
             collective=collective,
@@ -53,35 +86,25 @@ def main() -> int:
         result = cloudpickle.loads(function)(context)
         progress.close()
         if rank == 0:
-            run.writeJson(RESULT, result)
+            attempt.writeJson(RESULT, result)
         # Nobody leaves before rank 0's result is in the store: a rank that leaves early may still fail.
         collective.barrier()
         collective.close()
     except BaseException as error:
-        failure = Failure.of(error, rank, host)
+        failure = replace(Failure.of(error, rank, host), phase=progress.place)
         if collective is not None:
             failure = _seen(failure, collective)
             collective.abort(failure.reason)
-        failure.save(run)
+        # Twice, as the store may be what failed.
+        with contextlib.suppress(OSError):
+            sock.sendall(json.dumps({"failure": failure.toText()}).encode() + b"\n")
+        failure.save(attempt)
         raise
-    return 0
 
 
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent dies, even if it is stuck in native code."""
-    if sys.platform == "linux":
-        prctl = ctypes.CDLL(None, use_errno=True).prctl
-        prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
-        if prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-        if os.getppid() != parent:  # it died before the call
-            os._exit(1)
-
-
-def _join(order: dict[str, Any]) -> Collective:
+def _join(order: dict[str, Any], listener: socket.socket) -> Collective:
     """Meet the other ranks."""
     addresses = [(host, port) for host, port in order["addresses"]]
-    listener = socket.socket(fileno=order["listener"])
     if len(addresses) == 1:
         listener.close()
         return Alone()
@@ -100,29 +123,36 @@ def _seen(failure: Failure, collective: Collective) -> Failure:
     A framework wraps what is raised inside its graph into an error of its own.
     """
     if isinstance(collective.error, PeerLost):
-        return replace(failure, kind="peer", reason=str(collective.error))
+        return replace(failure, kind="peer", reason=str(collective.error), transient=True)
     return failure
 
 
-def _receive(pipe: IO[bytes]) -> bytes:
-    (size,) = struct.unpack("!Q", pipe.read(8))
-    return pipe.read(size)
+def _receive(stream: Any) -> bytes:
+    (size,) = struct.unpack("!Q", stream.read(8))
+    data: bytes = stream.read(size)
+    return data
 
 
-def _leave_with(pipe: IO[bytes]) -> None:
-    """Leave when the task does: the end of the pipe comes on every system, and after any death."""
-    pipe.read()
+def _leave_with(sock: socket.socket, progress: Reporter, timeout: float) -> None:
+    """Leave when the task does: the end of the connection comes after any death."""
+    with contextlib.suppress(OSError):
+        while sock.recv(4096):
+            pass
     os._exit(1)
 
 
+def _give_signs(sock: socket.socket, progress: Reporter, timeout: float) -> None:
+    """Tell the task again and again where this rank is, and so that it lives."""
+    pause = threading.Event()
+    with contextlib.suppress(OSError):
+        while True:
+            sock.sendall(json.dumps({"phase": progress.place}).encode() + b"\n")
+            pause.wait(min(_SIGN, timeout / 4))
+
+
 if __name__ == "__main__":
-    try:
-        STATUS = main()
-    except BaseException:  # noqa: BLE001
-        # excepthook prints what the task then finds at the end of the log
-        sys.excepthook(*sys.exc_info())
-        STATUS = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    PARENT = os.getppid()
+    die_with_parent(PARENT)
+    STATUS = run(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))
     # Threads that frameworks leave behind must not keep the gang waiting.
     os._exit(STATUS)

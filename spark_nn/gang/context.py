@@ -11,6 +11,13 @@ from spark_nn.store import RunDir
 
 # Where rank 0 leaves what the function returned.
 RESULT = "result.json"
+# Where the tasks leave which rank runs where.
+CARDS = "ranks.json"
+
+
+def attempt_folder(run: RunDir, attempt: int) -> str:
+    """URL of what one attempt at a run leaves: a late sign of an earlier one must not be taken for this one's."""
+    return f"{run.url}/attempt-{attempt}"
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,10 @@ class GangContext:
         Cores that Spark gives it (``spark.task.cpus``).
     neighbours : int
         Ranks on this machine, this one included.
+    attempt : int
+        How often the run was begun before.
+    timeout : float
+        Seconds that a rank waits for anything.
     scratch : Path
         A folder on the local disk that goes with the rank.
     run : RunDir
@@ -44,6 +55,8 @@ class GangContext:
     host: str
     cpus: int
     neighbours: int
+    attempt: int
+    timeout: float
     scratch: Path
     run: RunDir
     collective: Collective

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import time
 import traceback
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from spark_nn.errors import PeerLost
+from spark_nn.errors import PeerLost, StoreError
 from spark_nn.store import RunDir
 
 FOLDER = "failures"
+_MARK = "spark_nn failure: "
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Failure:
     host : str
         Where it ran.
     kind : {"error", "died", "peer"}
-        It raised an error; its process died; it lost another rank, so that the cause is elsewhere.
+        It raised an error; its process died or was stopped; it lost another rank, so that the cause is elsewhere.
     reason : str
         One line.
     traceback : str
@@ -33,6 +36,10 @@ class Failure:
         The last lines that it printed.
     when : float
         Seconds since the epoch, by the clock of its host.
+    phase : str
+        What it was doing.
+    transient : bool
+        Whether the same may succeed another time: a machine's failure and no mistake of the user's.
     """
 
     rank: int
@@ -42,6 +49,8 @@ class Failure:
     traceback: str = ""
     log: str = ""
     when: float = 0.0
+    phase: str = ""
+    transient: bool = False
 
     @classmethod
     def of(cls, error: BaseException, rank: int, host: str) -> Failure:
@@ -53,11 +62,26 @@ class Failure:
             reason="".join(traceback.format_exception_only(error)).strip(),
             traceback="".join(traceback.format_exception(error)),
             when=time.time(),
+            transient=isinstance(error, PeerLost) or (isinstance(error, StoreError) and error.transient),
         )
 
     def save(self, run: RunDir) -> None:
         """Leave it for the driver."""
         run.writeJson(f"{FOLDER}/rank-{self.rank}.json", asdict(self))
+
+    def toText(self) -> str:
+        """The failure as a line among others, for where the store cannot take it."""
+        return f"{_MARK}{json.dumps(asdict(self))}"
+
+    @classmethod
+    def fromText(cls, text: str) -> Failure | None:
+        """The failure in a text, None where it holds none."""
+        for line in text.splitlines():
+            _, mark, value = line.partition(_MARK)
+            if mark:
+                with contextlib.suppress(ValueError, TypeError):  # somebody may have cut it off
+                    return cls(**json.JSONDecoder().raw_decode(value)[0])
+        return None
 
     @classmethod
     def load(cls, run: RunDir, rank: int) -> Failure | None:

@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import re
 import secrets
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
-from spark_nn.errors import ClusterError, TrainingError
-from spark_nn.gang.context import RESULT, GangContext
+from spark_nn.errors import ClusterError, ParamError, TrainingError
+from spark_nn.gang.context import CARDS, RESULT, GangContext, attempt_folder
 from spark_nn.gang.failure import FOLDER, Failure, first_failure
 from spark_nn.gang.progress import shown
-from spark_nn.gang.worker import GangTask
+from spark_nn.gang.worker import GangTask, Home, WarmTask
 from spark_nn.store import RunDir
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-# Executors of a cluster register some seconds after the session is there.
+IDLE_CONF = "spark.nn.workerIdleSeconds"
+_IDLE = 60.0
+# Executors of a cluster register some seconds after the session is there, and come back some time after they died.
 _REGISTRATION = 20.0
-# Seconds that a rank waits for another: an import of a large framework on a slow disk must fit in.
-_TIMEOUT = 600.0
+_RECOVERY = 120.0
 # Seconds to wait for the cause of a failure while only survivors have reported.
 _PATIENCE = 3.0
+# Seconds before training is begun again: what has failed may need a moment.
+_PAUSE = 0.5
+_CANCELLED = re.compile(r"JOB_CANCELLED|OPERATION_CANCELED|[Jj]ob \d+ (was )?cancelled")
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run.
+
+    Parameters
+    ----------
+    value : object
+        What the function returned on rank 0.
+    restarts : list of str
+        Why it was begun again, each time.
+    """
+
+    value: Any
+    restarts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -39,12 +64,15 @@ class Gang:
     world : int
         How many tasks.
     timeout : float
-        Seconds that a rank waits for another.
+        Seconds that a rank may keep silent, and that it waits for anything.
+    retries : int
+        How often to begin again after a failure that is not the function's.
     """
 
     spark: SparkSession
     world: int
-    timeout: float = _TIMEOUT
+    timeout: float = 600.0
+    retries: int = 0
 
     def check(self) -> None:
         """Check that the cluster can run all tasks at the same time.
@@ -63,7 +91,7 @@ class Gang:
                 "spark.dynamicAllocation.enabled=true, but all tasks of a training must run at the same time "
                 "and Spark cannot promise that while executors come and go: set it to false"
             )
-        slots = self._slots()
+        slots = self._slots(_REGISTRATION)
         if slots is not None and slots < self.world:
             master = self.spark.conf.get("spark.master", "")
             raise ClusterError(
@@ -72,15 +100,38 @@ class Gang:
                 "the session more cores (local[n], or executors x spark.executor.cores / spark.task.cpus)"
             )
 
+    def home(self, variables: dict[str, str], preload: tuple[str, ...]) -> Home:
+        """What the ranks' processes need, with the session's settings.
+
+        Parameters
+        ----------
+        variables : dict
+            Variables to set before such a process starts.
+        preload : tuple of str
+            What to do in the server that the processes are forked from, each a ``module:function``.
+        """
+        value = self.spark.conf.get(IDLE_CONF, None)
+        try:
+            idle = _IDLE if value is None else float(value)
+        except ValueError:
+            idle = -1.0
+        if not 0 <= idle < float("inf"):
+            raise ParamError(f"the Spark conf {IDLE_CONF}={value!r}: must be a number of seconds, 0 or more")
+        return Home(variables, preload, idle)
+
+    def warm(self, home: Home) -> None:
+        """Have the executors import what the ranks need; returns as soon as they have begun."""
+        if not home.idle or not home.preload:
+            return
+        try:
+            self.spark.range(0, self.world, 1, self.world).mapInArrow(WarmTask(home), "id long").collect()
+        except Exception as error:  # noqa: BLE001  (whatever it is, it comes again where it matters)
+            _LOG.info("the workers could not be warmed up: %s", _words(error))
+
     def run(
-        self,
-        function: Callable[[GangContext], Any],
-        run: RunDir,
-        *,
-        environment: Mapping[str, str] | None = None,
-        verbose: int = 0,
-    ) -> Any:
-        """Run a function on every rank.
+        self, function: Callable[[GangContext], Any], run: RunDir, *, home: Home | None = None, verbose: int = 0
+    ) -> Outcome:
+        """Run a function on every rank, and again where a machine fails.
 
         Parameters
         ----------
@@ -88,42 +139,91 @@ class Gang:
             Takes the :class:`~spark_nn.gang.context.GangContext`; what it returns on rank 0 must fit in JSON.
         run : RunDir
             The run directory.
-        environment : mapping, optional
-            Variables to set in every rank's process before it starts.
+        home : Home, optional
+            What the ranks' processes need.
         verbose : {0, 1, 2}
             How to show progress (see :func:`~spark_nn.gang.progress.shown`).
 
         Returns
         -------
-        object
+        Outcome
             What the function returned on rank 0.
 
         Raises
         ------
         TrainingError
-            A rank failed; it carries the rank, the host and the original traceback.
+            A rank failed; it carries the rank, the host, what it was doing and the original traceback.
         """
-        run.mkdir(FOLDER)
-        task = GangTask(
-            run=run,
-            function=cloudpickle.dumps(function),
-            environment=dict(environment or {}),
-            secret=secrets.token_bytes(32),
-            timeout=self.timeout,
-        )
+        pickled = cloudpickle.dumps(function)
+        restarts: list[str] = []
+        while True:
+            task = GangTask(
+                run=run,
+                attempt=len(restarts),
+                function=pickled,
+                home=home or Home(),
+                secret=secrets.token_bytes(32),
+                timeout=self.timeout,
+            )
+            try:
+                return Outcome(self._attempt(task, verbose), restarts)
+            except TrainingError as error:
+                error.restarts = restarts
+                if not error.transient or len(restarts) >= self.retries:
+                    if restarts:
+                        error.add_note(f"It had been begun again {len(restarts)} times, after: " + "; ".join(restarts))
+                    raise
+                restarts.append(str(error).partition("\n")[0])
+                _LOG.warning(
+                    "%s. Going on from the last checkpoint (%d of %d)", restarts[-1], len(restarts), self.retries
+                )
+                time.sleep(_PAUSE)
+                self._slots(_RECOVERY)
+
+    def _attempt(self, task: GangTask, verbose: int) -> Any:
+        left = RunDir(attempt_folder(task.run, task.attempt))
+        left.mkdir(FOLDER)
         try:
-            with shown(run, verbose):
-                (self.spark.range(0, self.world, 1, self.world).mapInArrow(task, "rank long", barrier=True).collect())
+            with shown(left, verbose), self._interruptible():
+                self.spark.range(0, self.world, 1, self.world).mapInArrow(task, "rank long", barrier=True).collect()
         except Exception as error:
-            failure = first_failure(run, self.world, _PATIENCE)
+            words = str(error)
+            if _CANCELLED.search(words):
+                raise TrainingError(f"the training's Spark job was cancelled: {_words(error)}") from None
+            failure = first_failure(left, self.world, _PATIENCE) or Failure.fromText(words)
             if failure is None:
                 # No rank could report: Spark's own words are all there is.
-                words = str(error).split("\n\tat ")[0]
-                raise TrainingError(f"the gang could not run: {words}") from error
-            raise _training_error(failure) from None
-        return run.readJson(RESULT)
+                raise TrainingError(
+                    f"the gang could not run: {_words(error)}", transient="Traceback (most recent" not in words
+                ) from error
+            raise _training_error(self._named(failure, left)) from None
+        return left.readJson(RESULT)
 
-    def _slots(self) -> int | None:
+    def _named(self, failure: Failure, left: RunDir) -> Failure:
+        """The failure; where only survivors have told of it, that of the rank that told nothing."""
+        cards = left.readJson(CARDS)
+        silent = [rank for rank in range(self.world) if Failure.load(left, rank) is None]
+        if failure.kind != "peer" or not cards or not silent:
+            return failure
+        rank = silent[0]
+        return replace(failure, rank=rank, host=cards[rank]["host"], traceback="", log="")
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Cancel the jobs of the block where it is left by Ctrl-C: the tasks would go on without anybody."""
+        tag = f"spark_nn-{uuid.uuid4().hex}"
+        self.spark.addTag(tag)
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            self.spark.interruptTag(tag)
+            raise
+        finally:
+            self.spark.removeTag(tag)
+
+    def _slots(self, patience: float) -> int | None:
         """Tasks that fit on the cluster at a time, None where the driver cannot know."""
         session = getattr(self.spark, "_jsparkSession", None)
         if session is None:
@@ -131,7 +231,7 @@ class Gang:
         context = session.sparkContext()
         profile = context.resourceProfileManager().defaultResourceProfile()
         local = str(context.master()).startswith("local[") or context.master() == "local"
-        deadline = time.monotonic() + (0.0 if local else _REGISTRATION)
+        deadline = time.monotonic() + (0.0 if local else patience)
         while True:
             slots = int(context.maxNumConcurrentTasks(profile))
             if slots >= self.world or time.monotonic() >= deadline:
@@ -139,12 +239,22 @@ class Gang:
             time.sleep(0.2)
 
 
+def _words(error: BaseException) -> str:
+    return str(error).split("\n\tat ")[0]
+
+
 def _training_error(failure: Failure) -> TrainingError:
-    lines = [f"training failed on rank {failure.rank} (host {failure.host}): {failure.reason}"]
+    phase = f" in phase '{failure.phase}'" if failure.phase else ""
+    lines = [f"training failed on rank {failure.rank} (host {failure.host}){phase}: {failure.reason}"]
     if failure.traceback:
         lines += ["", "The worker's traceback:", failure.traceback.rstrip()]
     elif failure.log:
         lines += ["", "The last lines it printed:", failure.log]
     return TrainingError(
-        "\n".join(lines), rank=failure.rank, host=failure.host, workerTraceback=failure.traceback or None
+        "\n".join(lines),
+        rank=failure.rank,
+        host=failure.host,
+        phase=failure.phase or None,
+        workerTraceback=failure.traceback or None,
+        transient=failure.transient,
     )

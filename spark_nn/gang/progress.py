@@ -40,6 +40,8 @@ class State:
         Training time of each finished epoch, without its validation.
     rows : int
         Rows that all ranks together train on in an epoch.
+    phase : str
+        What the rank is doing.
     """
 
     epoch: int = 0
@@ -49,6 +51,7 @@ class State:
     history: dict[str, list[Any]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     rows: int = 0
+    phase: str = "start"
 
     @property
     def rowsPerSecond(self) -> float:
@@ -76,6 +79,12 @@ class Reporter:
         self._thread = threading.Thread(target=self._publish, name="progress", daemon=True)
         if rank == 0:
             self._thread.start()
+
+    @property
+    def place(self) -> str:
+        """What the rank is doing, in words."""
+        state = self.state
+        return f"{state.phase}, epoch {state.epoch}, step {state.step}" if state.epoch else state.phase
 
     def update(self, **changes: Any) -> None:
         """Set fields of the state; they are published soon."""

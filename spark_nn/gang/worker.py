@@ -1,33 +1,38 @@
 """Executor side of a gang: the Spark task, and the child process that it guards.
 
-The task itself stays small: it meets the other tasks, starts one child with an environment of its own, waits,
-and reports. Frameworks are only ever imported in the child, because a Spark Python worker is used again by
+The task itself stays small: it meets the other tasks, has one child started with an environment of its own,
+waits, and reports. Frameworks are only ever imported in the child, because a Spark Python worker is used again by
 other jobs, and some frameworks can be configured only once in a process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import platform
 import signal
 import socket
-import struct
-import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 import pyarrow as pa
-from pyspark import BarrierTaskContext, SparkFiles
+from pyspark import BarrierTaskContext, SparkFiles, TaskContext
 
-from spark_nn.errors import ClusterError
+from spark_nn.errors import ClusterError, StoreError
 from spark_nn.gang.collective import listen
+from spark_nn.gang.context import CARDS, attempt_folder
 from spark_nn.gang.failure import Failure
+from spark_nn.gang.forkserver import ForkServer
+from spark_nn.gang.process import Silence, started
 from spark_nn.store import RunDir
 
 # What must be alike on all ranks for them to train one model.
@@ -46,20 +51,23 @@ class GangTask:
     ----------
     run : RunDir
         The run directory.
+    attempt : int
+        How often the run was begun before.
     function : bytes
         The function to run on each rank, pickled by cloudpickle on the driver. It reaches the task inside
         Spark's own closure and is unpickled only in the child.
-    environment : dict
-        Variables that the function wants set.
+    home : Home
+        What its process needs.
     secret : bytes
         What the ranks prove to each other to know.
     timeout : float
-        Seconds that a rank waits for another.
+        Seconds that anything may keep silent.
     """
 
     run: RunDir
+    attempt: int
     function: bytes
-    environment: dict[str, str]
+    home: Home
     secret: bytes = field(repr=False)
     timeout: float
 
@@ -70,12 +78,17 @@ class GangTask:
         context = BarrierTaskContext.get()
         rank = context.partitionId()
         host = context.getTaskInfos()[rank].address.rsplit(":", 1)[0]
+        left = RunDir(attempt_folder(self.run, self.attempt))
         try:
             with listen(host) as listener:
                 address = listener.getsockname()[:2]
-                card = {"rank": rank, "host": host, "address": address, "versions": versions()}
-                cards = [json.loads(text) for text in context.allGather(json.dumps(card))]
+                found = versions()
+                card = {"rank": rank, "host": host, "address": address, "versions": found}
+                cards = [json.loads(text) for text in _gather(context, json.dumps(card), self.timeout)]
                 _check_alike(cards)
+                if rank == 0:
+                    left.writeJson(CARDS, [{name: card[name] for name in ("rank", "host")} for card in cards])
+                environment = self.home.environment(context)
                 order = {
                     "rank": rank,
                     "host": host,
@@ -85,20 +98,20 @@ class GangTask:
                     "secret": self.secret.hex(),
                     "timeout": self.timeout,
                     "run": self.run.url,
-                    "listener": listener.fileno(),
+                    "attempt": self.attempt,
+                    "environment": environment,
                 }
-                resources = context.resources()
-                gpus = resources["gpu"].addresses if "gpu" in resources else []
-                env = child_environment(os.environ, context.cpus(), gpus) | self.environment
-                self._guard(order, listener, env)
+                server = ForkServer.of(environment, self.home.preload, self.home.idle, found)
+                self._guard(order, listener, server, left)
         except _ChildFailed:
             raise
         except Exception as error:
-            Failure.of(error, rank, host).save(self.run)
+            failure = replace(Failure.of(error, rank, host), phase="start")
+            failure.save(left)
             raise
         yield pa.RecordBatch.from_pydict({"rank": [rank]})
 
-    def _guard(self, order: dict[str, Any], listener: socket.socket, env: dict[str, str]) -> None:
+    def _guard(self, order: dict[str, Any], listener: socket.socket, server: ForkServer | None, left: RunDir) -> None:
         """Run the child and wait for it; see to it that it leaves a failure where it fails."""
         rank, host = order["rank"], order["host"]
         # Below Spark's own folder, which goes with the executor even if this task is killed. And a file without a
@@ -106,39 +119,98 @@ class GangTask:
         home = SparkFiles.getRootDirectory()
         with tempfile.TemporaryDirectory(prefix="spark_nn-", dir=home) as scratch, tempfile.TemporaryFile() as log:
             order["scratch"] = scratch
-            child = subprocess.Popen(
-                [sys.executable, "-u", "-m", "spark_nn.gang.child"],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                # Whatever it leaves in the temporary directory when it is killed goes with it too.
-                env={**env, "TMPDIR": scratch},
-                pass_fds=[listener.fileno()],
-            )
-            try:
-                listener.close()  # the child has it now; two owners would keep a dead child's port open
-                _send(child, json.dumps(order).encode(), self.function)
-                status = child.wait()
-            finally:
-                # Closing the pipe tells the child to go; killing it makes sure.
-                child.kill()
-                child.wait()
-                if child.stdin is not None:
-                    child.stdin.close()
+            # Whatever it leaves in the temporary directory when it is killed goes with it too.
+            order["environment"] = {**order["environment"], "TMPDIR": scratch}
+            with started(server, order["environment"], listener, log.fileno()) as process:
+                process.send(json.dumps(order).encode(), self.function)
+                try:
+                    status = process.wait(self.timeout)
+                    reason = _death(status)
+                except Silence as silence:
+                    status, reason = -1, str(silence)
             if status == 0:
                 return
-            failure = Failure.load(self.run, rank)
-            if failure is None:
-                failure = Failure(rank, host, "died", _death(status), when=time.time())
+            failure = Failure.fromText(process.failure) or Failure(
+                rank, host, "died", reason, when=time.time(), phase=process.phase, transient=True
+            )
             failure = replace(failure, log=_tail(log))
-            failure.save(self.run)
+            # The store may be what failed: then Spark's own message brings the news.
+            with contextlib.suppress(StoreError):
+                failure.save(left)
         if failure.kind == "peer":
             time.sleep(_SURVIVOR_DELAY)
-        raise _ChildFailed(f"rank {rank} on {host}: {failure.reason}\n{failure.traceback}")
+        raise _ChildFailed(f"rank {rank} on {host}: {failure.reason}\n{failure.toText()}\n{failure.traceback}")
 
 
 class _ChildFailed(RuntimeError):
     """The child failed and its failure is recorded."""
+
+
+@dataclass(frozen=True)
+class Home:
+    """What the process of a rank needs, whatever it does.
+
+    Parameters
+    ----------
+    variables : dict
+        Environment variables that the function wants set.
+    preload : tuple of str
+        What the fork server does beforehand (see :class:`~spark_nn.gang.forkserver.ForkServer`).
+    idle : float
+        Seconds that the fork server stays without anything to do; 0 for none.
+    """
+
+    variables: dict[str, str] = field(default_factory=dict)
+    preload: tuple[str, ...] = ()
+    idle: float = 0.0
+
+    def environment(self, context: TaskContext) -> dict[str, str]:
+        """The environment of the process of a task."""
+        resources = context.resources()
+        gpus = resources["gpu"].addresses if "gpu" in resources else []
+        return child_environment(os.environ, context.cpus(), gpus) | self.variables
+
+
+@dataclass(frozen=True)
+class WarmTask:
+    """The function that Spark runs to have the executors import what ranks will need.
+
+    Parameters
+    ----------
+    home : Home
+        What they will need.
+    """
+
+    home: Home
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Start this executor's fork server, and leave while it imports."""
+        context = TaskContext.get()
+        assert context is not None
+        server = ForkServer.of(self.home.environment(context), self.home.preload, self.home.idle, versions())
+        if server is not None:
+            server.start()
+        yield from batches
+
+
+def _gather(context: BarrierTaskContext, text: str, timeout: float) -> list[str]:
+    """Spark's ``allGather`` with a limit: by itself it waits for a task that hangs as long as a year."""
+    answer: Future[list[str]] = Future()
+
+    def gather() -> None:
+        try:
+            answer.set_result(context.allGather(text))
+        except BaseException as error:  # noqa: BLE001  (the task's thread raises it)
+            answer.set_exception(error)
+
+    threading.Thread(target=gather, daemon=True).start()
+    try:
+        return answer.result(timeout)
+    except FutureTimeoutError:
+        raise ClusterError(
+            f"not all tasks of the gang came to its start within {timeout:g} s, though Spark had begun all of them: "
+            "look for an executor that hangs, or set a longer timeout"
+        ) from None
 
 
 def versions() -> dict[str, str]:
@@ -196,19 +268,6 @@ def _check_alike(cards: list[dict[str, Any]]) -> None:
                     f"{package} differs between the executors: {mine} on {first['host']} (rank 0), {theirs} "
                     f"on {other['host']} (rank {other['rank']}). Give all of them the same environment"
                 )
-
-
-def _send(child: subprocess.Popen[bytes], *parts: bytes) -> None:
-    """Hand a child its order. The pipe stays open: its end tells the child that the task is gone."""
-    assert child.stdin is not None
-    try:
-        for part in parts:
-            child.stdin.write(struct.pack("!Q", len(part)))
-            child.stdin.write(part)
-        child.stdin.flush()
-    except BrokenPipeError:
-        # The child died while it started; its status and its log say why.
-        return
 
 
 def _death(status: int) -> str:

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, TypeVar, cast
 from pyspark import keyword_only
 from pyspark.ml.param import Param
 
+from spark_nn.converters import param, plain_dict
 from spark_nn.errors import ParamError
 from spark_nn.estimator import NeuralEstimator, NeuralModel
 from spark_nn.keras import codec
 from spark_nn.keras.training import INITIAL_MODEL, KerasTrainer, Recipe
-from spark_nn.params import param, plain_dict
 from spark_nn.persistence import ModelFile
 from spark_nn.scoring import Loader
 from spark_nn.store import RunDir
@@ -142,11 +142,22 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         They run on every worker, so that decisions such as early stopping are taken alike; Keras's
         ``ModelCheckpoint``, ``CSVLogger``, ``TensorBoard`` and ``RemoteMonitor`` run on the first alone. Or a
         function that returns them. ``BackupAndRestore`` is refused, and ``TerminateOnNaN`` with several workers.
+    nonFiniteLoss : {"error", "ignore"}, default ``"error"``
+        Whether a loss that is NaN or infinite ends the fit, with the step and the learning rate, or does not.
     storeUrl : str, optional
         Directory that driver and executors share, as a path or fsspec URL.
     cache : {"auto", "memory", "disk", "none"}, default ``"auto"``
         What each worker keeps of the rows that it has read: their decoded form in memory, their bytes on the local
         disk, or nothing. ``"auto"`` is memory where the dataset fits into a quarter of what is free.
+    collective : {"auto", "ring", "native"}, default ``"auto"``
+        How workers exchange gradients: by our own ring of TCP connections, or by TensorFlow's collective operations
+        (NCCL between GPUs). ``"auto"`` is native where every worker has a GPU.
+    timeout : float, default 600.0
+        Seconds after which a worker that gives no sign of life ends the attempt.
+    maxRetries : int, default 3
+        How often training is begun again, from the last checkpoint, after a machine has failed.
+    checkpointInterval : int, optional
+        Steps between two checkpoints, -1 for none. Default: one about every minute.
     verbose : {0, 1, 2}, default 1
         Progress on standard error: none; a line per epoch and, on a terminal, a live bar; a line per epoch only.
 
@@ -242,8 +253,13 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         shuffle: bool = True,
         seed: int | None = None,
         callbacks: Any = None,
+        nonFiniteLoss: str = "error",
         storeUrl: str | None = None,
         cache: str = "auto",
+        collective: str = "auto",
+        timeout: float = 600.0,
+        maxRetries: int = 3,
+        checkpointInterval: int | None = None,
         verbose: int = 1,
     ) -> None:
         super().__init__()
@@ -279,8 +295,13 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         shuffle: bool = True,
         seed: int | None = None,
         callbacks: Any = None,
+        nonFiniteLoss: str = "error",
         storeUrl: str | None = None,
         cache: str = "auto",
+        collective: str = "auto",
+        timeout: float = 600.0,
+        maxRetries: int = 3,
+        checkpointInterval: int | None = None,
         verbose: int = 1,
     ) -> E:
         """Set the params that are given; None stands for not given."""

@@ -6,6 +6,7 @@ per block.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,20 +43,22 @@ class Feed:
         self.outputs = outputs
         self.epoch = 0
         self._left: Block | None = None
+        self._error: Exception | None = None
 
-    def dataset(self) -> Any:
-        """A dataset whose every iteration reads one epoch."""
+    def dataset(self, start: int = 0) -> Any:
+        """A dataset whose every iteration reads one epoch, but for so many steps at its beginning."""
         import tensorflow as tf
 
         stream = self.stream
         batches = max(1, int(_BLOCK_BYTES / (stream.batch * stream.manifest.row_bytes)))
+        signature = self._parts(self._specs(tf, (None, stream.batch)))
         whole = tf.data.Dataset.from_generator(
-            lambda: self._blocks(batches), output_signature=self._parts(self._specs(tf, (None, stream.batch)))
+            lambda: self._watched(self._blocks(batches, start)), output_signature=signature
         )
         # An epoch's last batch may be smaller than the others, and then is not one of a block.
         rest = tf.data.Dataset.from_generator(self._rest, output_signature=self._parts(self._specs(tf, (None,))))
         joined = whole.prefetch(1).unbatch().concatenate(rest)
-        counted = joined.apply(tf.data.experimental.assert_cardinality(stream.steps))
+        counted = joined.apply(tf.data.experimental.assert_cardinality(stream.steps - start))
         # Beside a GPU that computes, a thread that brings the next batch is free; on a CPU it takes a core from those
         # that compute, and so does the tuning of a pipeline that has nothing to tune.
         if tf.config.list_physical_devices("GPU"):
@@ -83,11 +86,28 @@ class Feed:
     def _begin(self, epoch: int, logs: Any) -> None:
         self.epoch = epoch
 
-    def _blocks(self, batches: int) -> Iterator[tuple[Any, ...]]:
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Raise the stream's own error, where TensorFlow makes another one of it on its way through the block."""
+        try:
+            yield
+        except Exception as error:
+            if self._error is not None and self._error is not error:
+                raise self._error from error
+            raise
+
+    def _watched(self, blocks: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+        try:
+            yield from blocks
+        except Exception as error:
+            self._error = error
+            raise
+
+    def _blocks(self, batches: int, start: int) -> Iterator[tuple[Any, ...]]:
         """Blocks of whole batches, of shape ``(batches, batch) + shape``; what is left of an epoch is kept."""
         batch = self.stream.batch
         self._left = None
-        for block in self.stream.epoch(self.epoch, batches=batches):
+        for block in self.stream.epoch(self.epoch, start=start, batches=batches):
             weights = row_weights(block, self.classWeights)
             if weights is not None:
                 block = {**block, "weight": weights}

@@ -12,7 +12,9 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, ClassVar
 
+from spark_nn.checkpoint import Checkpoints, Place
 from spark_nn.columns import Tensor
+from spark_nn.dataset import petastorm_compat
 from spark_nn.dataset.manifest import Manifest
 from spark_nn.dataset.stream import Stream
 from spark_nn.errors import ParamError
@@ -20,6 +22,7 @@ from spark_nn.gang.context import GangContext
 from spark_nn.keras import codec
 from spark_nn.keras.describe import describe_outputs
 from spark_nn.keras.feed import Feed
+from spark_nn.keras.pace import steps_per_execution
 from spark_nn.trainer import Schedule, Trained, Trainer, check_digests, publish
 
 # Where the driver leaves a model instance for the ranks.
@@ -66,19 +69,31 @@ class KerasTrainer(Trainer):
 
     # Whatever the machine prefers: the gradients are averaged inside TensorFlow's graph.
     environment: ClassVar[dict[str, str]] = {"KERAS_BACKEND": "tensorflow"}
+    preload: ClassVar[tuple[str, ...]] = ("spark_nn.keras.training:prepare",)
 
     def __init__(self, schedule: Schedule, recipe: Recipe) -> None:
         super().__init__(schedule)
         self.recipe = recipe
 
-    def train(self, gang: GangContext, manifest: Manifest, data: Stream, validation: Stream | None) -> Trained:
+    def train(
+        self,
+        gang: GangContext,
+        manifest: Manifest,
+        data: Stream,
+        validation: Stream | None,
+        checkpoints: Checkpoints,
+    ) -> Trained:
         """Train in step with the other ranks and publish the model from rank 0."""
-        began = time.monotonic()
+        clock = [time.monotonic()]
+        gang.progress.update(phase="import")
         import keras
 
+        from spark_nn.keras.callbacks import Report, Session, chosen
+        from spark_nn.keras.resume import Keeper
         from spark_nn.keras.sync import Synchroniser
 
-        imported = time.monotonic()
+        clock.append(time.monotonic())
+        gang.progress.update(phase="build")
         keras.utils.set_random_seed(self.schedule.seed % 2**32)
         example = Feed(data).example()
         model, put_out = self._build(gang, example, manifest.role("features"))
@@ -88,22 +103,39 @@ class KerasTrainer(Trainer):
         feed = Feed(data, self.schedule.classWeights, order)
         if gang.rank == 0:
             codec.check_loadable(model)
-        callbacks = self._callbacks(gang, validation is not None)
-        sync = Synchroniser(model, gang.collective, gang.rank)
+        own = chosen(self.recipe.callbacks, gang, validation is not None)
+        self._pace(model, own, data.steps)
+        sync = Synchroniser(model, gang.collective, gang.rank, nonFinite=self.schedule.nonFiniteLoss)
+        keeper = Keeper(model, gang, checkpoints, own, self.schedule.epochs, data.steps)
+        place = keeper.find()
         sync.start_alike()
+        keeper.settle()
+        sync.first_step = place.step
 
-        reporter = _reporter(gang, data, self.schedule.epochs)
-        with sync.averaged_gradients():
-            model.fit(
-                feed.dataset(),
-                epochs=self.schedule.epochs,
-                verbose=0,
-                validation_data=None if validation is None else Feed(validation, outputs=order).dataset(),
-                callbacks=[sync.callback(), feed.callback(), *callbacks, reporter],
-            )
+        clock.append(time.monotonic())
+        gang.progress.update(phase="trace")
+        report = Report(gang.progress, self.schedule.epochs, data.steps, data.rows * gang.world, place)
+        session = Session([sync.callback(), feed.callback(), *own, report, keeper], model)
+        held = None if validation is None else Feed(validation, outputs=order)
+        with sync.averaged_gradients(), feed.errors(), (held or feed).errors():
+            for first, last, start in _parts(place, self.schedule.epochs):
+                with session.part(final=last == self.schedule.epochs):
+                    model.fit(
+                        feed.dataset(start),
+                        initial_epoch=first,
+                        epochs=last,
+                        verbose=0,
+                        validation_data=None if held is None else held.dataset(),
+                        callbacks=session,
+                    )
+                if model.stop_training:
+                    break
         check_digests(gang, sync.digest())
-        trained = time.monotonic()
+        clock.append(time.monotonic())
+        gang.progress.update(phase="publish")
         file, sha256 = publish(gang, model.save, codec.SUFFIX) if gang.rank == 0 else ("", "")
+        began, imported, built, trained = clock
+        traced = report.first_batch or trained
         return Trained(
             file=file,
             sha256=sha256,
@@ -113,7 +145,9 @@ class KerasTrainer(Trainer):
             epochSeconds=gang.progress.state.seconds,
             seconds={
                 "import": imported - began,
-                "train": trained - imported,
+                "build": built - imported,
+                "trace": traced - built,
+                "train": trained - traced,
                 "publish": time.monotonic() - trained,
             },
         )
@@ -175,59 +209,34 @@ class KerasTrainer(Trainer):
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
 
-    def _callbacks(self, gang: GangContext, validated: bool) -> list[Any]:
-        """The user's callbacks; Keras's own that write files or send messages run on rank 0 alone."""
-        import keras.callbacks as kinds
+    def _pace(self, model: Any, callbacks: Sequence[Any], steps: int) -> None:
+        """Choose how many steps Keras runs in one call, where nobody has chosen and nobody watches single steps."""
+        from spark_nn.keras.callbacks import watch_batches
 
-        given = self.recipe.callbacks or []
-        callbacks = list(given() if callable(given) else given)
-        for callback in callbacks:
-            # Both act on what one rank alone sees, and the others would wait for it.
-            if isinstance(callback, kinds.BackupAndRestore) or (
-                gang.world > 1 and isinstance(callback, kinds.TerminateOnNaN)
-            ):
-                raise ParamError(
-                    f"callbacks holds a {type(callback).__name__}, which would act on some workers and not on others: "
-                    "leave it out"
-                )
-            monitor = getattr(callback, "monitor", None)
-            if not validated and isinstance(monitor, str) and monitor.startswith("val_"):
-                raise ParamError(
-                    f"callbacks holds a {type(callback).__name__} that monitors {monitor!r}, but no rows are held back "
-                    "for validation: set validationFraction or validationIndicatorCol, or monitor another metric"
-                )
-        outward = (kinds.ModelCheckpoint, kinds.CSVLogger, kinds.TensorBoard, kinds.RemoteMonitor)
-        return [callback for callback in callbacks if gang.rank == 0 or not isinstance(callback, outward)]
+        if model.steps_per_execution == 1 and not model.run_eagerly and not watch_batches(callbacks):
+            model.steps_per_execution = steps_per_execution(model.count_params(), self.schedule.batch, steps)
 
 
-def _reporter(gang: GangContext, data: Stream, epochs: int) -> Any:
-    """The callback that tells the driver how far training is; it comes last and sees global logs."""
-    import keras
+def prepare() -> None:
+    """Import what every training needs, without starting any of it."""
+    import tensorflow  # noqa: F401
 
-    progress = gang.progress
-    rows = data.rows * gang.world
-    progress.update(epochs=epochs, steps=data.steps, rows=rows)
+    import spark_nn.keras.callbacks
+    import spark_nn.keras.resume
+    import spark_nn.keras.sync  # noqa: F401
 
-    class Report(keras.callbacks.Callback):  # type: ignore[misc]
-        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-            self.began = time.monotonic()
-            self.spent: float | None = None
-            progress.update(epoch=epoch + 1, step=0)
+    petastorm_compat.load()
 
-        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            progress.update(step=batch + 1)
 
-        def on_test_begin(self, logs: Any = None) -> None:
-            self.spent = time.monotonic() - self.began
+def _parts(place: Place, epochs: int) -> list[tuple[int, int, int]]:
+    """The calls of ``fit`` that a training from a place on takes: first epoch, end of the last, steps left out.
 
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            spent = time.monotonic() - self.began if self.spent is None else self.spent
-            history = {name: list(values) for name, values in progress.state.history.items()}
-            for name, value in (logs or {}).items():
-                history.setdefault(name, []).append(value)
-            progress.update(history=history, seconds=[*progress.state.seconds, spent])
-
-    return Report()
+    An epoch that another attempt began has fewer steps, and Keras wants all epochs of a call to have as many.
+    """
+    if not place.step:
+        return [(place.epoch, epochs, 0)]
+    rest = [(place.epoch + 1, epochs, 0)] if place.epoch + 1 < epochs else []
+    return [(place.epoch, place.epoch + 1, place.step), *rest]
 
 
 def _check_reduction(loss: Any) -> None:

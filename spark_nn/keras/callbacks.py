@@ -1,0 +1,172 @@
+"""Worker side: the callbacks of a Keras fit, the user's and ours."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import keras.callbacks as kinds
+
+from spark_nn.checkpoint import Place
+from spark_nn.errors import ParamError
+from spark_nn.gang.context import GangContext
+from spark_nn.gang.progress import Reporter
+
+# What these do outside the model, one rank does for all.
+_OUTWARD = (kinds.ModelCheckpoint, kinds.CSVLogger, kinds.TensorBoard, kinds.RemoteMonitor)
+_BATCH_HOOKS = ("on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end")
+
+
+def chosen(given: Any, gang: GangContext, validated: bool) -> list[keras.callbacks.Callback]:
+    """The user's callbacks that run on this rank; Keras's own that write files or send messages run on rank 0 alone.
+
+    Parameters
+    ----------
+    given : list, callable or None
+        Callbacks, or a function that returns them.
+    gang : GangContext
+        This rank's view of its gang.
+    validated : bool
+        Whether rows are held back for validation.
+
+    Raises
+    ------
+    ParamError
+        One of them cannot work on a gang, or monitors what there will not be.
+    """
+    callbacks = list(given() if callable(given) else given or [])
+    for callback in callbacks:
+        # Both act on what one rank alone sees, and the others would wait for it.
+        if isinstance(callback, kinds.BackupAndRestore) or (
+            gang.world > 1 and isinstance(callback, kinds.TerminateOnNaN)
+        ):
+            instead = (
+                "checkpoints are written anyway (checkpointInterval)"
+                if isinstance(callback, kinds.BackupAndRestore)
+                else "such a loss ends the fit anyway (nonFiniteLoss)"
+            )
+            raise ParamError(
+                f"callbacks holds a {type(callback).__name__}, which would act on some workers and not on others: "
+                f"leave it out; {instead}"
+            )
+        monitor = getattr(callback, "monitor", None)
+        if not validated and isinstance(monitor, str) and monitor.startswith("val_"):
+            raise ParamError(
+                f"callbacks holds a {type(callback).__name__} that monitors {monitor!r}, but no rows are held back "
+                "for validation: set validationFraction or validationIndicatorCol, or monitor another metric"
+            )
+    return [callback for callback in callbacks if gang.rank == 0 or not isinstance(callback, _OUTWARD)]
+
+
+def watch_batches(callbacks: Sequence[keras.callbacks.Callback]) -> bool:
+    """Whether any of the callbacks wants to know of single batches."""
+
+    def overridden(callback: Any, hook: str) -> bool:
+        return getattr(type(callback), hook) is not getattr(kinds.Callback, hook) or hook in vars(callback)
+
+    return any(overridden(callback, hook) for callback in callbacks for hook in _BATCH_HOOKS)
+
+
+class Session(keras.callbacks.CallbackList):  # type: ignore[misc]
+    """The callbacks of one training, whose beginning and end they see once, however many calls of ``fit`` it takes.
+
+    Parameters
+    ----------
+    callbacks : sequence of keras.callbacks.Callback
+        In the order in which they are called.
+    model : keras.Model
+        What is trained.
+    """
+
+    def __init__(self, callbacks: Sequence[keras.callbacks.Callback], model: keras.Model) -> None:
+        super().__init__(list(callbacks), add_history=True, add_progbar=False, model=model)
+        self._begun = False
+        self._final = True
+
+    @contextlib.contextmanager
+    def part(self, *, final: bool) -> Iterator[None]:
+        """The block fits a part of the training, the last one or another."""
+        self._final = final
+        # At its end `fit` puts the averaged weights in place of the trained ones, if the optimizer keeps such.
+        finalize: Callable[..., None] | None = None if final else lambda *_: None
+        optimizer = self._model.optimizer
+        if finalize is not None:
+            optimizer.finalize_variable_values = finalize
+        try:
+            yield
+        finally:
+            if finalize is not None:
+                del optimizer.finalize_variable_values
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Pass it on the first time."""
+        if not self._begun:
+            self._begun = True
+            super().on_train_begin(logs)
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Pass it on the last time."""
+        if self._final or self._model.stop_training:
+            super().on_train_end(logs)
+
+
+class Report(keras.callbacks.Callback):  # type: ignore[misc]
+    """Tells the driver how far training is; it comes after all that change the logs.
+
+    Parameters
+    ----------
+    progress : Reporter
+        Who takes the news there.
+    epochs, steps : int
+        Epochs of the training, and steps of each.
+    rows : int
+        Rows of an epoch, over all ranks.
+    place : Place
+        Where training begins, or goes on.
+
+    Attributes
+    ----------
+    first_batch : float or None
+        When the first batches were done, by the monotonic clock: until then Keras traces the model.
+    """
+
+    def __init__(self, progress: Reporter, epochs: int, steps: int, rows: int, place: Place) -> None:
+        super().__init__()
+        self.progress = progress
+        self.steps = steps
+        self.place = place
+        self.first_batch: float | None = None
+        progress.update(epochs=epochs, steps=steps, rows=rows)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Start the epoch's clock."""
+        self.began = time.monotonic()
+        self.spent: float | None = None
+        self.first = self.place.step if epoch == self.place.epoch else 0
+        self.progress.update(epoch=epoch + 1, step=self.first)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Tell the step."""
+        if self.first_batch is None:
+            self.first_batch = time.monotonic()
+            self.progress.update(phase="training")
+        self.progress.update(step=min(self.first + batch + 1, self.steps))
+
+    def on_test_begin(self, logs: Any = None) -> None:
+        """Stop the epoch's clock, as what follows is no training."""
+        self.spent = time.monotonic() - self.began
+        self.progress.update(phase="validating")
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Tell the epoch's logs and how long it took."""
+        spent = time.monotonic() - self.began if self.spent is None else self.spent
+        # An epoch that another attempt began took as long as its rest suggests.
+        spent *= self.steps / (self.steps - self.first)
+        history = {name: list(values) for name, values in self.progress.state.history.items()}
+        for name, value in (logs or {}).items():
+            history.setdefault(name, []).append(value)
+        seconds = [*self.progress.state.seconds, spent]
+        self.progress.update(history=history, seconds=seconds, phase="training")
