@@ -24,6 +24,8 @@ from spark_nn.errors import NonFiniteLoss
 from spark_nn.gang.collective import Collective
 from spark_nn.keras.gradients import Averager
 
+# The values of metrics: over this rank's rows, and over those of all ranks.
+Measured = tuple[dict[str, Any], dict[str, Any]]
 # An odd number: whatever the rank, its multiples differ, and they lie far apart.
 _STRIDE = 0x9E3779B1
 # Seconds between two looks at what a GPU has noted: each look waits until it has done all its work.
@@ -71,7 +73,7 @@ class Synchroniser:
     def start_alike(self) -> None:
         """Give every rank rank 0's weights and optimizer state, and random numbers of its own."""
         variables = list(self.model.variables)
-        for optimizer in _optimizers(self.model):
+        for optimizer in optimizers(self.model):
             variables += optimizer.variables
         for variable in variables:
             value = _array(variable)
@@ -81,6 +83,8 @@ class Synchroniser:
                 # Dropout on every rank must drop something else; rank 0 draws what a single process would.
                 value[:1] += np.array(self.rank * _STRIDE % 2**31, value.dtype)
             variable.assign(value)
+        if self.collective.world > 1:
+            keras.random.uniform(())  # Keras makes its generator when it is first used, from a number of Python's
         if self.rank:
             self._reseed()
 
@@ -89,11 +93,11 @@ class Synchroniser:
 
         Python's and NumPy's random numbers stay alike on all ranks: callbacks may decide by them.
         """
-        states = random.getstate(), np.random.get_state()
+        python, numpy = random.getstate(), np.random.get_state()
         keras.utils.set_random_seed((int(np.random.randint(2**31)) + self.rank * _STRIDE) % 2**32)
-        keras.random.uniform(())  # Keras makes its generator when it is first used, from Python's numbers
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        keras.random.uniform(())
+        random.setstate(python)
+        np.random.set_state(numpy)
 
     @contextlib.contextmanager
     def averaged_gradients(self) -> Iterator[None]:
@@ -107,7 +111,7 @@ class Synchroniser:
             yield
             return
         with contextlib.ExitStack() as block:
-            for optimizer in _optimizers(model):
+            for optimizer in optimizers(model):
                 block.enter_context(_replaced(optimizer, "apply", self._averaged(optimizer)))
                 if watch is not None:
                     block.enter_context(_replaced(optimizer, "scale_loss", watch.seen(optimizer)))
@@ -143,13 +147,13 @@ class Synchroniser:
         """SHA-256 over the model's weights."""
         return _digest(self.model.weights)
 
-    def sum_metrics(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def sum_metrics(self) -> Measured:
         """The value of each metric over the rows of this rank and of all. The metrics' own state becomes global."""
         own = self._results()
         variables = self.model.metrics_variables
         arrays = [_array(variable) for variable in variables]
         # Keras metrics keep sums and counts, which add up over ranks; doubles hold both exactly enough.
-        total = np.concatenate([np.zeros(0), *(np.ravel(array) for array in arrays)], dtype=np.float64)
+        total = np.concatenate([np.zeros(0), *map(np.ravel, arrays)], dtype=np.float64)
         self.collective.all_reduce(total)
         start = 0
         for variable, array in zip(variables, arrays, strict=True):
@@ -165,24 +169,15 @@ class Synchroniser:
         return {name: _plain(value) for name, value in self.model.get_metrics_result().items()}
 
     def combine_logs(self, logs: dict[str, Any], own: dict[str, Any], every: dict[str, Any]) -> dict[str, Any]:
-        """What a step logged, for the rows of all ranks.
+        """What this rank's last step logged (nothing where it had no rows), for the rows of all ranks.
 
-        Parameters
-        ----------
-        logs : dict
-            What this rank's last step logged; nothing where it had no rows.
-        own, every : dict
-            The metrics' values over the rows of this rank, and of all ranks.
-
-        Returns
-        -------
-        dict
-            The metric's value over all rows where a metric's value was logged; the mean over the ranks of what no
-            metric stands behind. The same bits on every rank, whatever its processor.
+        Given the metrics' values over the rows of this rank and of all: the latter where a metric's value was logged,
+        else the mean over the ranks. The same bits on every rank, whatever its processor.
         """
         plain = {name: _plain(value) for name, value in logs.items()}
         news = {
-            name: (value, name in own and _same(value, own[name]), every.get(name)) for name, value in plain.items()
+            name: (value, name in own and np.array_equal(value, own[name], equal_nan=True), every.get(name))
+            for name, value in plain.items()
         }
         gathered = [json.loads(part) for part in self.collective.all_gather(json.dumps(news).encode())]
         values: dict[str, Any] = {}
@@ -219,17 +214,21 @@ class _Global(keras.callbacks.Callback):  # type: ignore[misc]
     def __init__(self, sync: Synchroniser) -> None:
         super().__init__()
         self.sync = sync
-        self.train: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self.train: Measured | None = None
         self.validation: dict[str, Any] = {}
         self.logs: dict[str, Any] = {}
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self.sync.collective.mark(epoch, 0)  # ranks that meet in different epochs are told so
 
+    def end_training(self) -> Measured:
+        """Bring together what the epoch's training left on each rank."""
+        self.sync.settle_statistics()
+        return self.sync.sum_metrics()
+
     def on_test_begin(self, logs: Any = None) -> None:
         # The metrics still hold the training rows; evaluation is about to reset them.
-        self.sync.settle_statistics()
-        self.train = self.sync.sum_metrics()
+        self.train = self.end_training()
 
     def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
         logs = {} if logs is None else logs
@@ -238,11 +237,9 @@ class _Global(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logs = {} if logs is None else logs
-        if self.train is None:
-            self.sync.settle_statistics()
-            self.train = self.sync.sum_metrics()
+        train = self.train or self.end_training()
         own = {name: value for name, value in logs.items() if name not in self.validation}
-        logs.update({**self.sync.combine_logs(own, *self.train), **self.validation})
+        logs.update({**self.sync.combine_logs(own, *train), **self.validation})
         self.logs = dict(logs)
         self.train, self.validation = None, {}
 
@@ -270,13 +267,9 @@ class _Watching(_Global):
         if self.watch.due():
             self.watch.look(self.epoch)
 
-    def on_test_begin(self, logs: Any = None) -> None:
+    def end_training(self) -> Measured:
         self.watch.look(self.epoch)
-        super().on_test_begin(logs)
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self.watch.look(self.epoch)
-        super().on_epoch_end(epoch, logs)
+        return super().end_training()
 
 
 class _Watch:
@@ -340,8 +333,8 @@ class _Watch:
     def look(self, epoch: int) -> None:
         """Raise `NonFiniteLoss` if a step of this epoch was noted."""
         self.looked = time.monotonic()
-        step, rate = int(self.first.numpy()), float(self.rate.numpy())
-        if step:
+        if step := int(self.first.numpy()):
+            rate = float(self.rate.numpy())
             known = "" if np.isnan(rate) else f", with learning rate {rate:g}"
             raise NonFiniteLoss(
                 f"the loss is NaN or infinite in epoch {epoch + 1} at step {step}{known}. Set a smaller learningRate, "
@@ -364,14 +357,13 @@ def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[Non
             attributes[name] = before
 
 
-def _optimizers(model: keras.Model) -> list[Any]:
+def optimizers(model: keras.Model) -> list[Any]:
     """The optimizer that the model was compiled with, and those that a ``train_step`` of its own may use."""
     found: dict[int, Any] = {}
     for layer in _layers(model):
         for value in vars(layer).values():
-            values = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else [value]
-            )
+            several = value.values() if isinstance(value, dict) else value
+            values = several if isinstance(value, (dict, list, tuple)) else [value]
             found.update({id(each): each for each in values if isinstance(each, keras.optimizers.Optimizer)})
     # What an optimizer passes on to those within it is averaged already.
     for optimizer in list(found.values()):
@@ -380,10 +372,9 @@ def _optimizers(model: keras.Model) -> list[Any]:
     return list(found.values())
 
 
-def _layers(layer: Any) -> Iterator[Any]:
-    yield layer
-    for each in getattr(layer, "layers", []):
-        yield from _layers(each)
+def _layers(layer: Any) -> list[Any]:
+    inner = layer.layers if isinstance(layer, keras.Model) else []
+    return [layer, *(found for each in inner for found in _layers(each))]
 
 
 def _not_finite(loss: Any) -> Any:
@@ -399,10 +390,6 @@ def _plain(value: Any) -> Any:
     """A metric's value as JSON can hold it; some have a value per class."""
     array = np.asarray(keras.ops.convert_to_numpy(value), np.float64)
     return float(array.item()) if array.size == 1 else array.tolist()
-
-
-def _same(one: Any, other: Any) -> bool:
-    return np.array_equal(one, other, equal_nan=True)
 
 
 def _digest(variables: Sequence[Any]) -> bytes:

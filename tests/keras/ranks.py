@@ -187,14 +187,14 @@ def serve(pipe: Connection) -> None:
                 outcome = by_hand(name, arguments, world)
             else:
                 outcome = fit(build(name, arguments), collective, rank, world)
+            pipe.send(outcome)
         except Exception as error:  # noqa: BLE001
-            outcome = Outcome(error=traceback.format_exc())
             if collective is not None:
                 collective.abort(repr(error))
+            pipe.send(Outcome(error=traceback.format_exc()))
         if collective is not None:
             with contextlib.suppress(Exception):
                 collective.close()
-        pipe.send(outcome)
 
 
 # ---------------------------------------------------------------- in the test's process
@@ -225,7 +225,7 @@ class Ranks:
             process.kill()
             process.wait()
 
-    def gang(self, world: int, case: str, **arguments: Any) -> list[Outcome]:
+    def gang(self, world: int, case: str, /, **arguments: Any) -> list[Outcome]:
         """What the case gives on each rank of a gang, errors included."""
         pipes = self.pipes[:world]
         for rank, pipe in enumerate(pipes):
@@ -236,7 +236,7 @@ class Ranks:
                 pipe.send((addresses, secret))
         return self._receive(pipes)
 
-    def alike(self, world: int, case: str, **arguments: Any) -> list[Outcome]:
+    def alike(self, world: int, case: str, /, **arguments: Any) -> list[Outcome]:
         """The same, where all ranks must end with the same bits."""
         outcomes = self.gang(world, case, **arguments)
         for outcome in outcomes:
@@ -246,14 +246,14 @@ class Ranks:
                 assert one.tobytes() == other.tobytes()
         return outcomes
 
-    def single(self, case: str, **arguments: Any) -> Outcome:
+    def single(self, case: str, /, **arguments: Any) -> Outcome:
         """What plain Keras gives in one process on the global batches; asked for again, it is not trained again."""
         key = case, repr(sorted(arguments.items()))
         if key not in self.trained:
             self.trained[key] = self._one("single", case, arguments, 1)
         return self.trained[key]
 
-    def both(self, world: int, case: str, **arguments: Any) -> tuple[list[Outcome], Outcome]:
+    def both(self, world: int, case: str, /, **arguments: Any) -> tuple[list[Outcome], Outcome]:
         """A gang and a single process on the same case; at the same time where there is a process left."""
         key = case, repr(sorted(arguments.items()))
         if world == len(self.pipes) or key in self.trained:
@@ -266,7 +266,7 @@ class Ranks:
         assert not self.trained[key].error, self.trained[key].error
         return outcomes, self.trained[key]
 
-    def by_hand(self, world: int, case: str, **arguments: Any) -> Outcome:
+    def by_hand(self, world: int, case: str, /, **arguments: Any) -> Outcome:
         """What the ranks' computations give when one process makes them in turn."""
         return self._one("hand", case, arguments, world)
 
