@@ -143,11 +143,11 @@ def _leave_with(sock: socket.socket, progress: Reporter, timeout: float) -> None
 
 def _give_signs(sock: socket.socket, progress: Reporter, timeout: float) -> None:
     """Tell the task again and again where this rank is, and so that it lives."""
-    pause = threading.Event()
     with contextlib.suppress(OSError):
         while True:
             sock.sendall(json.dumps({"phase": progress.place}).encode() + b"\n")
-            pause.wait(min(_SIGN, timeout / 4))
+            progress.moved.wait(min(_SIGN, timeout / 4))
+            progress.moved.clear()
 
 
 if __name__ == "__main__":

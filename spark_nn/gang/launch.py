@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 import secrets
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
+from pyspark import inheritable_thread_target
 
 from spark_nn.errors import ClusterError, ParamError, TrainingError
 from spark_nn.gang.context import CARDS, RESULT, GangContext, attempt_folder
@@ -184,8 +186,8 @@ class Gang:
         left = RunDir(attempt_folder(task.run, task.attempt))
         left.mkdir(FOLDER)
         try:
-            with shown(left, verbose), self._interruptible():
-                self.spark.range(0, self.world, 1, self.world).mapInArrow(task, "rank long", barrier=True).collect()
+            with shown(left, verbose):
+                self._collect(task)
         except Exception as error:
             words = str(error)
             if _CANCELLED.search(words):
@@ -208,20 +210,31 @@ class Gang:
         rank = silent[0]
         return replace(failure, rank=rank, host=cards[rank]["host"], traceback="", log="")
 
-    @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Cancel the jobs of the block where it is left by Ctrl-C: the tasks would go on without anybody."""
+    def _collect(self, task: GangTask) -> None:
+        """Run the job in a thread of its own, and cancel it where this one is interrupted, as by Ctrl-C.
+
+        PySpark cannot cancel anything from a thread that waits for an answer of the JVM.
+        """
         tag = f"spark_nn-{uuid.uuid4().hex}"
-        self.spark.addTag(tag)
+        done: Future[None] = Future()
+
+        def collect() -> None:
+            try:
+                self.spark.addTag(tag)
+                self.spark.range(0, self.world, 1, self.world).mapInArrow(task, "rank long", barrier=True).collect()
+                done.set_result(None)
+            except BaseException as error:  # noqa: BLE001  (the waiting thread raises it)
+                done.set_exception(error)
+
+        target = inheritable_thread_target(self.spark)(collect)
+        threading.Thread(target=target, name="spark_nn-gang", daemon=True).start()
         try:
-            yield
+            done.result()
         except Exception:
             raise
         except BaseException:
             self.spark.interruptTag(tag)
             raise
-        finally:
-            self.spark.removeTag(tag)
 
     def _slots(self, patience: float) -> int | None:
         """Tasks that fit on the cluster at a time, None where the driver cannot know."""

@@ -69,10 +69,16 @@ class Reporter:
         Where to publish.
     rank : int
         Whose reporter.
+
+    Attributes
+    ----------
+    moved : threading.Event
+        Set where the phase changes.
     """
 
     def __init__(self, run: RunDir, rank: int) -> None:
         self.state = State()
+        self.moved = threading.Event()
         self._run = run
         self._changed = threading.Event()
         self._closed = threading.Event()
@@ -91,6 +97,8 @@ class Reporter:
         for name, value in changes.items():
             setattr(self.state, name, value)
         self._changed.set()
+        if "phase" in changes:
+            self.moved.set()
 
     def close(self) -> None:
         """Publish the last state."""
