@@ -7,6 +7,7 @@ are functions of `tests.keras.test_sync`, named by the test.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import secrets
@@ -117,7 +118,7 @@ def build(name: str, arguments: dict[str, Any]) -> Case:
 
     from tests.keras import test_sync
 
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)  # to look for garbage would take as long as to train
     keras.config.set_dtype_policy("float32")
     keras.utils.set_random_seed(7)
     case: Case = getattr(test_sync, name)(**arguments)
@@ -169,8 +170,10 @@ def by_hand(name: str, arguments: dict[str, Any], world: int) -> Outcome:
 
 def serve(pipe: Connection) -> None:
     """Train what the test asks for until it hangs up."""
+    import spark_nn.keras.sync  # noqa: F401  # and with it all that takes long
     from spark_nn.gang.collective import Alone, Ring, listen
 
+    gc.freeze()
     while True:
         try:
             way, name, arguments, rank, world = pipe.recv()
