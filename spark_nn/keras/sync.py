@@ -68,7 +68,7 @@ class Synchroniser:
         self.rank = rank
         self.averager = averager or Averager(collective)
         self.first_step = 0
-        self._watch = _Watch() if nonFinite == "error" else None
+        self._watch = _Watch(collective.world) if nonFinite == "error" else None
 
     def start_alike(self) -> None:
         """Give every rank rank 0's weights and optimizer state, and random numbers of its own."""
@@ -112,7 +112,8 @@ class Synchroniser:
             return
         with contextlib.ExitStack() as block:
             for optimizer in optimizers(model):
-                block.enter_context(_replaced(optimizer, "apply", self._averaged(optimizer)))
+                if self.collective.world > 1:
+                    block.enter_context(_replaced(optimizer, "apply", self._averaged(optimizer)))
                 if watch is not None:
                     block.enter_context(_replaced(optimizer, "scale_loss", watch.seen(optimizer)))
             if watch is not None:
@@ -124,17 +125,15 @@ class Synchroniser:
 
     def _averaged(self, optimizer: Any) -> Callable[..., Any]:
         """The optimizer's ``apply``, on gradients of the global batch."""
-        original, watch, alone = optimizer.apply, self._watch, self.collective.world == 1
+        original, watch = optimizer.apply, self._watch
 
         def apply(grads: Sequence[Any], trainable_variables: Any = None) -> Any:
             given = list(grads)
-            if watch is not None:
-                # The news travels with the gradients, so that all ranks know it at the same step.
-                given.append(tf.identity(watch.bad))
-            if not alone:
-                given = self.averager.average(given)
-            if watch is not None:
-                watch.note(given.pop() > 0, optimizer)
+            if watch is None:
+                return original(self.averager.average(given), trainable_variables)
+            # The news travels with the gradients, so that all ranks know it at the same step.
+            *given, bad = self.averager.average([*given, tf.identity(watch.own)])
+            watch.bad.assign_add(bad)
             return original(given, trainable_variables)
 
         return apply
@@ -260,48 +259,48 @@ class _Watching(_Global):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         super().on_epoch_begin(epoch, logs)
         self.epoch = epoch
-        self.watch.begin(self.first_step)
+        self.watch.good.assign(self.first_step)
         self.first_step = 0
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self.watch.due():
-            self.watch.look(self.epoch)
+            self.watch.look(self.epoch, self.sync.model)
 
     def end_training(self) -> Measured:
-        self.watch.look(self.epoch)
+        self.watch.look(self.epoch, self.sync.model)
         return super().end_training()
 
 
 class _Watch:
-    """Notes the first step of an epoch whose loss is not finite.
+    """Counts the steps of an epoch up to the first whose loss is not finite.
 
     It does so in the step's own graph, because Python sees an execution of several steps only when all are over.
     """
 
-    def __init__(self) -> None:
-        self.step = tf.Variable(0, trainable=False, dtype=tf.int64)  # the one that runs, from 1
-        self.bad = tf.Variable(0.0, trainable=False)  # above 0 where its loss is not finite on this rank
-        self.first = tf.Variable(0, trainable=False, dtype=tf.int64)  # 0 as long as there is none
-        self.rate = tf.Variable(np.nan, trainable=False, dtype=tf.float32)  # the learning rate of that step
+    def __init__(self, world: int) -> None:
+        self.good = tf.Variable(0, trainable=False, dtype=tf.int64)  # the steps before
+        self.bad = tf.Variable(0.0, trainable=False)  # above 0 from the bad step on
+        # The same of this rank alone; it becomes known to all with the gradients.
+        self.own = self.bad if world == 1 else tf.Variable(0.0, trainable=False)
+        self.rate = tf.Variable(np.nan, trainable=False, dtype=tf.float32)  # what a schedule gave the bad step
+        self.far = "GPU" in self.bad.device
         self.scaled = False
         self.looked = 0.0
 
-    def begin(self, step: int) -> None:
-        """Start an epoch, after some of its steps."""
-        self.step.assign(step)
-
     def counted(self, model: keras.Model) -> Callable[..., Any]:
-        """The model's ``train_step``, counted; where it does not scale the loss, the loss that it logs is noted."""
+        """The model's ``train_step``, counted; where it does not scale the loss, the loss that it logs is watched."""
         original = model.train_step
 
         def train_step(*args: Any, **kwargs: Any) -> Any:
-            self.step.assign_add(1)
-            self.bad.assign(0.0)
+            rate = _rate(model.optimizer)
+            if isinstance(rate, tf.Tensor):
+                self.rate.assign(tf.where(self.bad > 0, self.rate, tf.cast(rate, tf.float32)))
             self.scaled = False
             logs = original(*args, **kwargs)
             loss = logs.get("loss") if isinstance(logs, dict) else None
             if loss is not None and not self.scaled:
-                self.note(_not_finite(loss), model.optimizer)
+                self.bad.assign_add(_not_finite(loss))
+            self.good.assign_add(tf.cast(tf.equal(self.bad, 0), tf.int64))
             return logs
 
         return train_step
@@ -312,35 +311,28 @@ class _Watch:
 
         def scale_loss(loss: Any) -> Any:
             self.scaled = True
-            self.bad.assign_add(tf.cast(_not_finite(loss), tf.float32))
+            self.own.assign_add(_not_finite(loss))
             return original(loss)
 
         return scale_loss
 
-    def note(self, bad: Any, optimizer: Any) -> None:
-        """Keep the running step in mind if it is the first bad one."""
-        new = tf.logical_and(bad, tf.equal(self.first, 0))
-        self.first.assign(tf.where(new, self.step, self.first))
-        rate = getattr(optimizer, "learning_rate", None)  # an optimizer made of several has none
-        if rate is not None:
-            rate = tf.cast(tf.convert_to_tensor(rate), tf.float32)
-            self.rate.assign(tf.where(new, rate, self.rate))
-
     def due(self) -> bool:
         """Whether it is time to look."""
-        return "GPU" not in self.first.device or time.monotonic() >= self.looked + _LOOK_EVERY
+        return not self.far or time.monotonic() >= self.looked + _LOOK_EVERY
 
-    def look(self, epoch: int) -> None:
-        """Raise `NonFiniteLoss` if a step of this epoch was noted."""
+    def look(self, epoch: int, model: keras.Model) -> None:
+        """Raise `NonFiniteLoss` if a step of this epoch was bad."""
         self.looked = time.monotonic()
-        if step := int(self.first.numpy()):
-            rate = float(self.rate.numpy())
-            known = "" if np.isnan(rate) else f", with learning rate {rate:g}"
-            raise NonFiniteLoss(
-                f"the loss is NaN or infinite in epoch {epoch + 1} at step {step}{known}. Set a smaller learningRate, "
-                "clip the gradients (clipnorm of the optimizer), and look for extreme values in the inputs and labels; "
-                "nonFiniteLoss='ignore' would let training go on"
-            )
+        if not self.bad.numpy():
+            return
+        rate = _rate(model.optimizer)
+        rate = float(self.rate.numpy() if isinstance(rate, tf.Tensor) else rate)
+        known = "" if np.isnan(rate) else f", with learning rate {rate:g}"
+        raise NonFiniteLoss(
+            f"the loss is NaN or infinite in epoch {epoch + 1} at step {int(self.good.numpy()) + 1}{known}. Set a "
+            "smaller learningRate, clip the gradients (clipnorm of the optimizer), and look for extreme values in the "
+            "inputs and labels; nonFiniteLoss='ignore' would let training go on"
+        )
 
 
 @contextlib.contextmanager
@@ -377,8 +369,14 @@ def _layers(layer: Any) -> list[Any]:
     return [layer, *(found for each in inner for found in _layers(each))]
 
 
+def _rate(optimizer: Any) -> Any:
+    """The learning rate: a variable, or a tensor that a schedule gave; NaN for an optimizer made of several."""
+    return getattr(optimizer, "learning_rate", np.nan)
+
+
 def _not_finite(loss: Any) -> Any:
-    return tf.logical_not(tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(loss))))
+    """1 if it is, else 0."""
+    return 1.0 - tf.cast(tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(loss))), tf.float32)
 
 
 def _array(variable: Any) -> np.ndarray:

@@ -265,6 +265,35 @@ def test_one_ranks_overflow_makes_all_ranks_skip_the_step(ranks):
     assert outcomes[0].probe == outcomes[1].probe == expected.probe == (10, 256.0)
 
 
+def doubles():
+    import keras
+
+    keras.config.set_dtype_policy("float64")
+    case = every_optimizer("SGD")
+    assert {weight.dtype for weight in case.model.weights} == {"float64"}
+    keras.config.set_dtype_policy("float32")
+    case.sync = {"nonFinite": "error"}
+    return case
+
+
+def test_doubles_are_averaged_as_doubles(ranks):
+    equals_single(ranks, 2, "doubles", limit=1e-12)
+
+
+def halves_looked_up():
+    import keras
+
+    keras.config.set_dtype_policy("bfloat16")
+    case = embeddings(keras.optimizers.SGD(0.01))
+    assert {weight.dtype for weight in case.model.weights} == {"bfloat16"}
+    return case
+
+
+def test_sparse_gradients_may_be_halves(ranks):
+    # Weights that hold 8 bits of their numbers: a sum's order may decide which of two neighbours it is rounded to.
+    equals_single(ranks, 2, "halves_looked_up", limit=3 * 2**-8)
+
+
 # ---------------------------------------------------------------- layers
 
 
@@ -498,7 +527,7 @@ def test_optimizers_are_saved_as_what_they_are(ranks):
 # ---------------------------------------------------------------- what is fed and what is logged
 
 
-def several_parts(spe=1):
+def several_parts(spe=1, eager=False):
     import keras
 
     chance = np.random.default_rng(9)
@@ -515,6 +544,7 @@ def several_parts(spe=1):
         metrics={"price": ["mae"], "kind": ["accuracy"]},
         weighted_metrics={"price": ["mse"], "kind": []},
         steps_per_execution=spe,
+        run_eagerly=eager,
     )
     weight = {name: chance.uniform(0.1, 3, ROWS).astype("float32") for name in ("price", "kind")}
     return Case(
@@ -532,6 +562,11 @@ def test_several_inputs_and_outputs_with_weights_at_any_number_of_steps_per_exec
     assert closeness(outcomes[0], expected) < EXACT
     same_history(outcomes, expected)
     assert len(expected.history) == 6
+
+
+def test_a_step_that_runs_eagerly_is_averaged_too(ranks):
+    outcomes = ranks.alike(2, "several_parts", eager=True)
+    assert closeness(outcomes[0], ranks.single("several_parts", spe=1)) < EXACT
 
 
 def classified(held=25):
