@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from dataclasses import dataclass
 
@@ -17,19 +18,21 @@ from spark_nn.trainer import Trained, Trainer, check_digests, publish
 class ToyEstimator(NeuralEstimator["ToyModel"]):
     failRank = param("failRank", "Rank that raises an error at its third step; -1 for none.", integer("failRank"))
     stepSeconds = param("stepSeconds", "Seconds to sleep in every step.", number("stepSeconds", low=0.0))
+    failingWrites = param("failingWrites", "Files that the store refuses from rank 0.", integer("failingWrites", low=0))
+    ballast = param("ballast", "Bytes that every checkpoint holds besides.", integer("ballast", low=0))
 
     @keyword_only
     def __init__(self, **kwargs):
         super().__init__()
-        self._setDefault(failRank=-1, learningRate=0.1, stepSeconds=0.0)
+        self._setDefault(failRank=-1, learningRate=0.1, stepSeconds=0.0, failingWrites=0, ballast=0)
         self._set(**self._input_kwargs)
 
     def _check(self):
         pass
 
     def _trainer(self, schedule, run):
-        settings = [self.getOrDefault(name) for name in ("learningRate", "failRank", "stepSeconds")]
-        return ToyTrainer(schedule, *settings)
+        names = ("learningRate", "failRank", "stepSeconds", "failingWrites", "ballast")
+        return ToyTrainer(schedule, **{name: self.getOrDefault(name) for name in names})
 
     def _newModel(self):
         return ToyModel()
@@ -55,16 +58,20 @@ class Toy:
 class ToyTrainer(Trainer):
     preload = ("spark_nn.dataset.petastorm_compat:load",)
 
-    def __init__(self, schedule, rate, failRank, stepSeconds):
+    def __init__(self, schedule, learningRate, failRank, stepSeconds, failingWrites, ballast):
         super().__init__(schedule)
-        self.rate = rate
+        self.rate = learningRate
         self.failRank = failRank
         self.stepSeconds = stepSeconds
+        self.failingWrites = failingWrites
+        self.ballast = ballast
 
     def train(self, gang, manifest, data, validation, checkpoints):
         (width,) = manifest.tensor("features").shape
         toy = Toy(np.zeros(width + 1))
         gang.progress.update(epochs=self.schedule.epochs, steps=data.steps, rows=data.rows * gang.world)
+        if gang.rank == 0 and self.failingWrites:
+            refuse(gang.run.fs, self.failingWrites)
         history, seen, place = {"loss": [], "rows": []}, np.zeros(2), Place(0, 0)
         if (found := checkpoints.restore()) is not None:
             place, history, seen = found.place, found.state["history"], found.own["seen"]
@@ -86,7 +93,8 @@ class ToyTrainer(Trainer):
                     time.sleep(self.stepSeconds)
                 if checkpoints.due(epoch * data.steps + step) and step < data.steps:
                     state = {"history": history, "weights": toy.weights.tobytes().hex()}
-                    checkpoints.save(Place(epoch, step), state, {}, {"seen": seen})
+                    ballast = np.ones(self.ballast, np.uint8)
+                    checkpoints.save(Place(epoch, step), state, {"ballast": ballast}, {"seen": seen})
             gang.collective.all_reduce(seen)
             history["loss"].append(seen[0] / seen[1])
             history["rows"].append(seen[1])
@@ -103,6 +111,19 @@ class ToyTrainer(Trainer):
             rowsPerSecond=gang.progress.state.rowsPerSecond,
             epochSeconds=gang.progress.state.seconds,
         )
+
+
+def refuse(fs, times):
+    """Let a filesystem fail so many times when a file is put there, as a disk or a network does."""
+    put, left = fs.put_file, [times]
+
+    def failing(*args, **kwargs):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "the disk has a bad day")
+        return put(*args, **kwargs)
+
+    fs.put_file = failing
 
 
 def load(path, cpus):

@@ -20,6 +20,7 @@ import importlib.metadata
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -53,17 +54,22 @@ class ForkServer:
         Seconds after which a server that nobody uses ends.
     guardian : int
         Process to end with: the executor's JVM.
+    home : str
+        The executor's own folder, where each task has one in turn (see :func:`scratch_folder`).
+    versions : dict
+        Of the packages that matter.
     """
 
     environment: dict[str, str]
     preload: tuple[str, ...]
     idle: float
     guardian: int
+    home: str
     versions: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(
-        cls, environment: Mapping[str, str], preload: Sequence[str], idle: float, versions: Mapping[str, str]
+        cls, environment: Mapping[str, str], preload: Sequence[str], idle: float, home: str, versions: Mapping[str, str]
     ) -> ForkServer | None:
         """The server for an environment; None where there can be none.
 
@@ -76,7 +82,7 @@ class ForkServer:
         own = {name: value for name, value in environment.items() if name not in OF_THE_TASK}
         # What Spark tells each of its workers about itself is of no use to a process that is not one.
         own = {name: value for name, value in own.items() if not name.startswith("PYTHON_WORKER_FACTORY")}
-        return cls({**own, "CUDA_VISIBLE_DEVICES": ""}, tuple(preload), idle, guardian, dict(versions))
+        return cls({**own, "CUDA_VISIBLE_DEVICES": ""}, tuple(preload), idle, guardian, home, dict(versions))
 
     @property
     def address(self) -> str:
@@ -93,6 +99,7 @@ class ForkServer:
             It cannot be started.
         """
         order = {"address": self.address[1:], "preload": self.preload, "idle": self.idle, "guardian": self.guardian}
+        order["home"] = self.home
         began = subprocess.run(
             [sys.executable, "-u", "-m", "spark_nn.gang.forkserver"],
             input=json.dumps(order).encode(),
@@ -129,6 +136,11 @@ class ForkServer:
         raise AssertionError("unreachable")
 
 
+def scratch_folder(home: str, task: int) -> Path:
+    """The folder of a Spark task, given by its process, which runs one task at a time."""
+    return Path(home) / f"spark_nn-task-{task}"
+
+
 def name_process(name: str) -> None:
     """Name this process in ``ps`` and ``top``; at most 15 characters show."""
     if sys.platform == "linux":
@@ -146,10 +158,11 @@ def die_with_parent(parent: int) -> None:
 class _Server:
     """Forks, reaps and kills; it never waits for anything but the next event."""
 
-    def __init__(self, listener: socket.socket, guardian: int, idle: float) -> None:
+    def __init__(self, listener: socket.socket, guardian: int, idle: float, home: str) -> None:
         self.listener = listener
         self.guardian = guardian
         self.idle = idle
+        self.home = home
         self.poller = select.poll()
         self.poller.register(listener, select.POLLIN)
         self.poller.register(guardian, select.POLLIN)
@@ -190,8 +203,11 @@ class _Server:
 
     def _reap(self, pidfd: int) -> None:
         pid, sock = self.callers.pop(pidfd)
-        with contextlib.suppress(KeyError):  # it has hung up before
+        try:
             self.poller.unregister(sock)
+        except KeyError:
+            # The task had hung up before. If it was killed, its folder is left for others to remove.
+            shutil.rmtree(scratch_folder(self.home, _peer(sock)[0]), ignore_errors=True)
         self.poller.unregister(pidfd)
         os.close(pidfd)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -238,9 +254,15 @@ def _jvm() -> int | None:
 
 def _check_owner(sock: socket.socket) -> None:
     """Refuse a peer that runs as another user."""
-    _, user, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    _, user = _peer(sock)
     if user != os.getuid():
         raise PermissionError(f"the process at the other end runs as user {user}, and this one as {os.getuid()}")
+
+
+def _peer(sock: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end, as they were when it connected."""
+    pid, user, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return pid, user
 
 
 def _prctl(option: int, argument: int | bytes) -> None:
@@ -275,7 +297,7 @@ def main() -> int:
     # Pages that the collector never touches stay shared with the forks.
     gc.collect()
     gc.freeze()
-    _Server(listener, guardian, order["idle"]).serve()
+    _Server(listener, guardian, order["idle"], order["home"]).serve()
     return 0
 
 

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
@@ -31,7 +33,7 @@ from spark_nn.errors import ClusterError, StoreError
 from spark_nn.gang.collective import listen
 from spark_nn.gang.context import CARDS, attempt_folder
 from spark_nn.gang.failure import Failure
-from spark_nn.gang.forkserver import ForkServer
+from spark_nn.gang.forkserver import ForkServer, scratch_folder
 from spark_nn.gang.process import Silence, started
 from spark_nn.store import RunDir
 
@@ -82,8 +84,7 @@ class GangTask:
         try:
             with listen(host) as listener:
                 address = listener.getsockname()[:2]
-                found = versions()
-                card = {"rank": rank, "host": host, "address": address, "versions": found}
+                card = {"rank": rank, "host": host, "address": address, "versions": versions()}
                 cards = [json.loads(text) for text in _gather(context, json.dumps(card), self.timeout)]
                 _check_alike(cards)
                 if rank == 0:
@@ -101,7 +102,7 @@ class GangTask:
                     "attempt": self.attempt,
                     "environment": environment,
                 }
-                server = ForkServer.of(environment, self.home.preload, self.home.idle, found)
+                server = self.home.server(environment)
                 self._guard(order, listener, server, left)
         except _ChildFailed:
             raise
@@ -116,11 +117,11 @@ class GangTask:
         rank, host = order["rank"], order["host"]
         # Below Spark's own folder, which goes with the executor even if this task is killed. And a file without a
         # name: it is gone with the process, whichever way that ends.
-        home = SparkFiles.getRootDirectory()
-        with tempfile.TemporaryDirectory(prefix="spark_nn-", dir=home) as scratch, tempfile.TemporaryFile() as log:
-            order["scratch"] = scratch
+        scratch = scratch_folder(SparkFiles.getRootDirectory(), os.getpid())
+        with _folder(scratch), tempfile.TemporaryFile() as log:
+            order["scratch"] = str(scratch)
             # Whatever it leaves in the temporary directory when it is killed goes with it too.
-            order["environment"] = {**order["environment"], "TMPDIR": scratch}
+            order["environment"] = {**order["environment"], "TMPDIR": str(scratch)}
             with started(server, order["environment"], listener, log.fileno()) as process:
                 process.send(json.dumps(order).encode(), self.function)
                 try:
@@ -170,6 +171,10 @@ class Home:
         gpus = resources["gpu"].addresses if "gpu" in resources else []
         return child_environment(os.environ, context.cpus(), gpus) | self.variables
 
+    def server(self, environment: dict[str, str]) -> ForkServer | None:
+        """The server to fork the process from, None where there can be none."""
+        return ForkServer.of(environment, self.preload, self.idle, SparkFiles.getRootDirectory(), versions())
+
 
 @dataclass(frozen=True)
 class WarmTask:
@@ -187,10 +192,21 @@ class WarmTask:
         """Start this executor's fork server, and leave while it imports."""
         context = TaskContext.get()
         assert context is not None
-        server = ForkServer.of(self.home.environment(context), self.home.preload, self.home.idle, versions())
+        server = self.home.server(self.home.environment(context))
         if server is not None:
             server.start()
         yield from batches
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """A fresh folder, removed at the end of the block."""
+    shutil.rmtree(path, ignore_errors=True)  # of another process that had this one's number
+    path.mkdir()
+    try:
+        yield
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _gather(context: BarrierTaskContext, text: str, timeout: float) -> list[str]:
