@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import statistics
@@ -112,15 +113,33 @@ def apart(function: Callable[..., Any], *arguments: Any, environment: Mapping[st
     environment : mapping, optional
         The process's environment, where it is not this one's.
     """
+    return together(function, [arguments], environment)[0]
+
+
+def together(
+    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], environment: Mapping[str, str] | None = None
+) -> list[Any]:
+    """Call a function several times at once, each time in a fresh process.
+
+    Parameters
+    ----------
+    function : callable
+        What to call.
+    calls : sequence of tuple
+        The arguments of each call.
+    environment : mapping, optional
+        The processes' environment, where it is not this one's.
+    """
     kept = dict(os.environ)
-    # Such a process ends without its exit handlers, and TensorFlow would leave files behind.
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), settle, (folder,)) as pool,
-    ):
+    with contextlib.ExitStack() as stack:
+        # Such a process ends without its exit handlers, and TensorFlow would leave files behind.
+        folders = [stack.enter_context(tempfile.TemporaryDirectory()) for _ in calls]
+        context = multiprocessing.get_context("spawn")
+        pools = [stack.enter_context(ProcessPoolExecutor(1, context, settle, (folder,))) for folder in folders]
         try:
             os.environ.update(environment or {})
-            return pool.submit(function, *arguments).result()
+            waiting = [pool.submit(function, *call) for pool, call in zip(pools, calls, strict=True)]
+            return [each.result() for each in waiting]
         finally:
             os.environ.clear()
             os.environ.update(kept)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,12 +36,21 @@ class Averager:
             # Halves add up in single precision; doubles stay doubles.
             dtype = tf.float64 if any(grads[i].dtype == tf.float64 for i in dense) else tf.float32
             flat = tf.concat([tf.cast(tf.reshape(grads[i], [-1]), dtype) for i in dense], axis=0)
-            mean = tf.numpy_function(self._mean, [flat], dtype)
-            mean.set_shape(flat.shape)
+            mean = self._mean(flat)
             for i, part in zip(dense, tf.split(mean, [tf.size(grads[i]) for i in dense]), strict=True):
                 result[i] = tf.cast(tf.reshape(part, tf.shape(grads[i])), grads[i].dtype)
                 result[i].set_shape(grads[i].shape)
         return result
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Run the steps of a fit: what breaks the averaging is raised from the block as an error of the gang's."""
+        yield
+
+    def _mean(self, flat: Any) -> Any:
+        mean = tf.numpy_function(self._exchange, [flat], flat.dtype)
+        mean.set_shape(flat.shape)
+        return mean
 
     def _gather(self, grad: tf.IndexedSlices) -> tf.IndexedSlices:
         indices, values = tf.numpy_function(
@@ -50,7 +60,7 @@ class Averager:
         values.set_shape([None, *grad.values.shape[1:]])
         return tf.IndexedSlices(values, tf.cast(indices, grad.indices.dtype), grad.dense_shape)
 
-    def _mean(self, flat: np.ndarray) -> np.ndarray:
+    def _exchange(self, flat: np.ndarray) -> np.ndarray:
         buffer = flat.copy()  # the argument may share memory with a tensor that others still read
         self.collective.all_reduce(buffer, "mean")
         return buffer

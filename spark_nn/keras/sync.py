@@ -121,6 +121,7 @@ class Synchroniser:
             # A step that was traced outside the block averages nothing, and one traced within still would.
             block.callback(setattr, model, "train_function", None)
             model.train_function = None
+            block.enter_context(self.averager.guarded())
             yield
 
     def _averaged(self, optimizer: Any) -> Callable[..., Any]:
