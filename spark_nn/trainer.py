@@ -160,6 +160,7 @@ class Trainer(ABC):
             shuffle=self.schedule.shuffle and split == "train",
             cache=self._cache(gang, manifest),
             scratch=gang.scratch,
+            timeout=gang.timeout,
         )
 
     def _cache(self, gang: GangContext, manifest: Manifest) -> Cache:

@@ -363,6 +363,8 @@ def _race_free(stock: Any) -> type[Any]:
         """
 
         _get_results_worker_id: int
+        # Seconds that `get_results` waits for a result; None for as long as it takes.
+        patience: float | None = None
 
         def start(self, worker_class: Any, worker_args: Any = None, ventilator: Any = None) -> None:
             """Start the workers, then the ventilator."""
@@ -386,6 +388,11 @@ def _race_free(stock: Any) -> type[Any]:
 
             super().start(make_worker, worker_args, ventilator)
 
+        def join(self) -> None:
+            """Wait for the workers; but for one that hangs in a read no longer than `patience`."""
+            for worker in self._workers:
+                worker.join(self.patience)
+
         def get_results(self) -> Any:
             """Return the next result, or raise the error that a worker met in its place.
 
@@ -393,10 +400,15 @@ def _race_free(stock: Any) -> type[Any]:
             ------
             EmptyResultError
                 When all items were ventilated and all of their results handed out.
+            TimeoutError
+                When none came within `patience`.
             RuntimeError
                 When the pool was stopped before that.
             """
+            until = None if self.patience is None else time.monotonic() + self.patience
             while not self._stop_event.is_set():
+                if until is not None and time.monotonic() > until:
+                    raise TimeoutError(f"no result came within {self.patience:g} s")
                 # Asked BEFORE the counters are compared. The other way round, as in the stock pool, the last
                 # items may be ventilated in between, and their rows are lost.
                 all_ventilated = self._ventilator is None or self._ventilator.completed()

@@ -26,7 +26,7 @@ from spark_nn.dataset import petastorm_compat, plan
 from spark_nn.dataset.buffers import Buffers
 from spark_nn.dataset.manifest import Group, Manifest, Split
 from spark_nn.dataset.writer import unpack
-from spark_nn.errors import DatasetError
+from spark_nn.errors import DatasetError, StoreError
 from spark_nn.store import RunDir
 
 Block = dict[str, np.ndarray]
@@ -65,6 +65,8 @@ class Stream:
         The order does not depend on it. As row groups go from rank to rank with the epochs, a rank comes to keep all.
     scratch : Path, optional
         Folder for the cache on disk.
+    timeout : float, optional
+        Seconds that a row group may take to come. Default: as long as it takes.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Stream:
         threads: int | None = None,
         cache: Cache = "none",
         scratch: Path | None = None,
+        timeout: float | None = None,
     ) -> None:
         self.run = run
         self.manifest = manifest
@@ -91,6 +94,7 @@ class Stream:
         self.seed = seed
         self.shuffle = shuffle
         self.equal = split == "train"
+        self.timeout = timeout
         self._running: Generator[Block, None, None] | None = None
         self._desk: _Desk = _Library(manifest.tensors, self.groups) if cache == "memory" else _Desk(manifest.tensors)
         self._reading = _Reading(run, manifest.tensors, _disk_cache(scratch, split) if cache == "disk" else None)
@@ -131,6 +135,8 @@ class Stream:
         ------
         DatasetError
             The files do not hold the rows that the manifest promises.
+        StoreError
+            A row group did not come in time.
         """
         windows = plan.epoch(
             [group.rows for group in self.groups],
@@ -192,6 +198,7 @@ class Stream:
             return
         petastorm = petastorm_compat.load()
         pool = petastorm.ThreadPool(self.threads)
+        pool.patience = self.timeout
         work = [{"group": self.groups[part.group], "start": part.start, "stop": part.stop} for part in slices]
         ventilator = petastorm.ConcurrentVentilator(
             pool.ventilate,
@@ -206,6 +213,12 @@ class Stream:
                     block = pool.get_results()
                 except petastorm.EmptyResultError:
                     raise self._defect(f"read {place} of {len(slices)} planned parts of it") from None
+                except TimeoutError:
+                    raise StoreError(
+                        f"no data came from {self.groups[part.group].file} in {self.run.url} within {self.timeout:g} "
+                        "s: look at what serves the store, or set a longer timeout",
+                        transient=True,
+                    ) from None
                 if any(len(values) != part.rows for values in block.values()):
                     raise DatasetError(
                         f"{self.groups[part.group].file} in {self.run.url} does not hold the rows of its "

@@ -79,10 +79,13 @@ class Session(keras.callbacks.CallbackList):  # type: ignore[misc]
         In the order in which they are called.
     model : keras.Model
         What is trained.
+    watched : bool
+        Whether any of them wants the logs of single batches: to make them numbers waits for a GPU.
     """
 
-    def __init__(self, callbacks: Sequence[keras.callbacks.Callback], model: keras.Model) -> None:
+    def __init__(self, callbacks: Sequence[keras.callbacks.Callback], model: keras.Model, *, watched: bool) -> None:
         super().__init__(list(callbacks), add_history=True, add_progbar=False, model=model)
+        self._watched = watched
         self._begun = False
         self._final = True
 
@@ -106,6 +109,10 @@ class Session(keras.callbacks.CallbackList):  # type: ignore[misc]
         if not self._begun:
             self._begun = True
             super().on_train_begin(logs)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Pass it on, without the logs where nobody looks at them."""
+        super().on_train_batch_end(batch, logs if self._watched else None)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Pass it on the last time."""

@@ -64,6 +64,14 @@ def load_model(path: str, *, compiled: bool = False) -> Any:
     return keras.saving.load_model(path, compile=compiled, safe_mode=True)
 
 
+def load_compiled(path: str) -> Any:
+    """The Keras model in a file, compiled unless its loss or a metric is a function, which the file does not hold."""
+    try:
+        return load_model(path, compiled=True)
+    except (TypeError, ValueError):
+        return load_model(path)
+
+
 def check_loadable(model: Any) -> None:
     """Refuse a model that could be trained, but not be loaded where it is to score.
 

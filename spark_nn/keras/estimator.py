@@ -15,7 +15,7 @@ from spark_nn.converters import param, plain_dict
 from spark_nn.errors import ParamError
 from spark_nn.estimator import NeuralEstimator, NeuralModel
 from spark_nn.keras import codec
-from spark_nn.keras.training import INITIAL_MODEL, KerasTrainer, Recipe
+from spark_nn.keras.training import INITIAL_MODEL, MODEL, KerasTrainer, Recipe
 from spark_nn.persistence import ModelFile
 from spark_nn.scoring import Loader
 from spark_nn.store import RunDir
@@ -23,6 +23,7 @@ from spark_nn.trainer import Schedule
 
 E = TypeVar("E", bound="KerasEstimator")
 _MODEL_FILE = f"model{codec.SUFFIX}"
+_INITIAL_FILE = f"initial{codec.SUFFIX}"
 
 
 def _model(value: Any) -> Any:
@@ -30,6 +31,13 @@ def _model(value: Any) -> Any:
         raise TypeError(
             f"model takes a keras.Model or a function that returns one, not {value!r} ({type(value).__name__})"
         )
+    return value
+
+
+def _fitted(value: Any) -> Any:
+    if not isinstance(value, KerasModel):
+        raise TypeError(f"initialModel takes a fitted KerasModel, not {value!r} ({type(value).__name__})")
+    value.fitted  # noqa: B018  (refuses an empty one)
     return value
 
 
@@ -95,6 +103,9 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         TensorFlow on the driver.
     modelParams : dict, optional
         Keyword arguments of that function; numbers, strings, lists and dicts only.
+    initialModel : KerasModel, optional
+        A fitted model to go on from: training begins with its weights, and with the state of its optimizer where that
+        is of the same kind. `model` must then give a network of the same layers, or be left out.
     optimizer : str, keras.optimizers.Optimizer, optional
         As ``compile`` takes it. Default: the compiled model's own, else ``"rmsprop"``.
     learningRate : float, optional
@@ -217,6 +228,12 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         "by their names. Default: those of the compiled model.",
         _metrics,
     )
+    initialModel: Param[Any] = param(
+        "initialModel",
+        "A fitted KerasModel to go on from: training begins with its weights, and with the state of its optimizer "
+        "where that is of the same kind. The param model must then give a network of the same layers, or be left out.",
+        _fitted,
+    )
     callbacks: Param[Any] = param(
         "callbacks",
         "List of keras.callbacks.Callback, or a function that returns one. They run on every worker; "
@@ -230,6 +247,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         *,
         model: Any = None,
         modelParams: dict[str, Any] | None = None,
+        initialModel: KerasModel | None = None,
         optimizer: Any = None,
         learningRate: float | None = None,
         loss: Any = None,
@@ -272,6 +290,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         *,
         model: Any = None,
         modelParams: dict[str, Any] | None = None,
+        initialModel: KerasModel | None = None,
         optimizer: Any = None,
         learningRate: float | None = None,
         loss: Any = None,
@@ -324,6 +343,15 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         """Set :py:attr:`modelParams`."""
         return self._set(modelParams=value)
 
+    def getInitialModel(self) -> KerasModel:
+        """Get :py:attr:`initialModel`."""
+        model: KerasModel = self.getOrDefault(self.initialModel)
+        return model
+
+    def setInitialModel(self: E, value: KerasModel) -> E:
+        """Set :py:attr:`initialModel`."""
+        return self._set(initialModel=value)
+
     def getOptimizer(self) -> Any:
         """Get :py:attr:`optimizer`: a name, or the dict that ``keras.optimizers.deserialize`` takes."""
         return self.getOrDefault(self.optimizer)
@@ -358,6 +386,8 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
 
     def _check(self) -> None:
         if not self.isDefined("model"):
+            if self.isDefined("initialModel"):
+                return
             raise ParamError("model is not set: give a keras.Model, or a function that returns one")
         model = self.getModel()
         if not codec.is_model(model):
@@ -396,21 +426,27 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         def given(name: str) -> Any:
             return self.getOrDefault(name) if self.isDefined(name) else None
 
-        model = self.getModel()
+        model = given("model")
         instance = self._hasInstance()
         if instance:
             with TemporaryDirectory(prefix="spark_nn-") as folder:
-                local = Path(folder) / INITIAL_MODEL
+                local = Path(folder) / MODEL
                 model.save(local)
-                run.put(local, INITIAL_MODEL)
+                run.put(local, MODEL)
+        before = given("initialModel")
+        if before is not None:
+            run.put(before.fitted.file.path, INITIAL_MODEL)
         recipe = Recipe(
             function=None if instance else model,
+            instance=instance,
+            continued=before is not None,
             arguments=self.getModelParams(),
             optimizer=given("optimizer"),
             loss=given("loss"),
             metrics=given("metrics"),
             learningRate=given("learningRate"),
             callbacks=given("callbacks"),
+            collective=self.getCollective(),  # type: ignore[arg-type]
         )
         return KerasTrainer(schedule, recipe)
 
@@ -418,14 +454,20 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         return KerasModel()
 
     def _savedFiles(self) -> dict[str, ModelFile]:
-        if not self._hasInstance():
-            return {}
-        file = ModelFile(codec.SUFFIX)
-        self.getModel().save(file.path)
-        return {_MODEL_FILE: file.sealed()}
+        files = {}
+        if self._hasInstance():
+            file = ModelFile(codec.SUFFIX)
+            self.getModel().save(file.path)
+            files[_MODEL_FILE] = file.sealed()
+        if self.isDefined("initialModel"):
+            files[_INITIAL_FILE] = self.getInitialModel().fitted.file
+        return files
+
+    def _savedMetadata(self) -> dict[str, Any]:
+        return {"initialModel": self.getInitialModel()._savedMetadata()} if self.isDefined("initialModel") else {}
 
     def _unsavedParams(self) -> set[str]:
-        return {"model"} if self._hasInstance() else set()
+        return {"initialModel"} | ({"model"} if self._hasInstance() else set())
 
     def _hasInstance(self) -> bool:
         """Whether the model is given as such, and not as a function."""
@@ -434,6 +476,10 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
     def _loadSaved(self, metadata: dict[str, Any], files: dict[str, ModelFile]) -> None:
         if _MODEL_FILE in files:
             self._set(model=codec.load_model(str(files[_MODEL_FILE].path), compiled=True))
+        if _INITIAL_FILE in files:
+            before = KerasModel()
+            before._loadSaved(metadata["initialModel"], {_INITIAL_FILE: files[_INITIAL_FILE]})
+            self._set(initialModel=before)
 
 
 class KerasModel(NeuralModel):
@@ -447,11 +493,7 @@ class KerasModel(NeuralModel):
 
         It is compiled as it was trained, but where the loss or a metric is a function, which its file does not hold.
         """
-        path = str(self.fitted.file.path)
-        try:
-            return codec.load_model(path, compiled=True)
-        except (TypeError, ValueError):
-            return codec.load_model(path)
+        return codec.load_compiled(str(self.fitted.file.path))
 
     def _loader(self) -> Loader:
         return codec.load_predictor

@@ -11,8 +11,13 @@ from typing import Any
 import keras
 import numpy as np
 
+# Nowhere else does Keras show the generator of operations that are given none.
+from keras.src.backend.common.global_state import get_global_attribute
+from keras.src.random.seed_generator import global_seed_generator
+
 from spark_nn.checkpoint import Arrays, Checkpoint, Checkpoints, Place
 from spark_nn.gang.context import GangContext
+from spark_nn.keras.sync import optimizers
 
 # What Keras gives every callback, and no state of its own.
 _GIVEN = {"params", "_model", "model"}
@@ -141,7 +146,7 @@ class Keeper(keras.callbacks.Callback):  # type: ignore[misc]
         Those that change by the averaged gradient alone are. The others may be moving statistics and states of random
         generators, which differ, or the weights of a large frozen part, which do not.
         """
-        trained = {id(each) for each in (*self.network.trainable_variables, *self.network.optimizer.variables)}
+        trained = {id(each) for each in (*self.network.trainable_variables, *self._optimized())}
         others = [each for each in self._variables() if id(each) not in trained]
         size = hashlib.sha256().digest_size
         mine = b"".join(hashlib.sha256(_array(each).tobytes()).digest() for each in others)
@@ -152,7 +157,10 @@ class Keeper(keras.callbacks.Callback):  # type: ignore[misc]
         return [(each, id(each) in trained) for each in self._variables()]
 
     def _variables(self) -> list[Any]:
-        return [*self.network.variables, *self.network.optimizer.variables]
+        return [*self.network.variables, *self._optimized()]
+
+    def _optimized(self) -> list[Any]:
+        return [variable for each in optimizers(self.network) for variable in each.variables]
 
     def _assign(self, arrays: Arrays) -> None:
         for number, variable in enumerate(self._variables()):
@@ -209,10 +217,12 @@ def _gathered(arrays: Arrays, name: str, count: int | None) -> np.ndarray | list
 
 
 def _random() -> Arrays:
-    """The state of Python's and NumPy's generators, which callbacks may draw from."""
+    """The state of Python's and NumPy's generators, which callbacks may draw from, and of Keras's, if there is one."""
     _, numbers, gauss = random.getstate()
     _, keys, place, has_gauss, cached = np.random.get_state()
+    generator = get_global_attribute("global_seed_generator")
     return {
+        **({} if generator is None else {"keras-state": _array(generator.state)}),
         "python-state": np.array(numbers, np.uint32),
         "python-gauss": np.array([] if gauss is None else [gauss]),
         "numpy-state": np.asarray(keys),
@@ -222,6 +232,8 @@ def _random() -> Arrays:
 
 
 def _set_random(arrays: Arrays) -> None:
+    if "keras-state" in arrays:
+        global_seed_generator().state.assign(arrays["keras-state"])
     gauss = arrays["python-gauss"]
     random.setstate((random.getstate()[0], tuple(arrays["python-state"].tolist()), gauss[0] if gauss.size else None))
     place, has_gauss = arrays["numpy-place"].tolist()

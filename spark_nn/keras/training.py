@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from spark_nn.checkpoint import Checkpoints, Place
 from spark_nn.columns import Tensor
@@ -25,7 +25,8 @@ from spark_nn.keras.feed import Feed
 from spark_nn.keras.pace import steps_per_execution
 from spark_nn.trainer import Schedule, Trained, Trainer, check_digests, publish
 
-# Where the driver leaves a model instance for the ranks.
+# Where the driver leaves a model instance for the ranks, and the fitted model to go on from.
+MODEL = "given.keras"
 INITIAL_MODEL = "initial.keras"
 
 
@@ -36,7 +37,11 @@ class Recipe:
     Parameters
     ----------
     function : callable or None
-        Returns the model; None where the driver left an instance in the run directory.
+        Returns the model.
+    instance : bool
+        Whether the driver left the model in the run directory, and there is no function.
+    continued : bool
+        Whether it left a fitted one there, whose weights are the first ones.
     arguments : dict
         Keyword arguments of the function.
     optimizer, loss, metrics : object or None
@@ -45,15 +50,20 @@ class Recipe:
         In place of the optimizer's own.
     callbacks : list or callable or None
         Keras callbacks, or a function that returns them.
+    collective : {"auto", "ring", "native"}
+        How gradients are averaged.
     """
 
     function: Callable[..., Any] | None
+    instance: bool
+    continued: bool
     arguments: dict[str, Any]
     optimizer: Any
     loss: Any
     metrics: Any
     learningRate: float | None
     callbacks: Any
+    collective: Literal["auto", "ring", "native"] = "auto"
 
 
 class KerasTrainer(Trainer):
@@ -88,24 +98,33 @@ class KerasTrainer(Trainer):
         gang.progress.update(phase="import")
         import keras
 
-        from spark_nn.keras.callbacks import Report, Session, chosen
+        from spark_nn.keras import native
+        from spark_nn.keras.callbacks import Report, Session, chosen, watch_batches
         from spark_nn.keras.resume import Keeper
         from spark_nn.keras.sync import Synchroniser
 
         clock.append(time.monotonic())
         gang.progress.update(phase="build")
+        averager = native.averager(self.recipe.collective, gang.collective, gang.host, gang.timeout)
         keras.utils.set_random_seed(self.schedule.seed % 2**32)
         example = Feed(data).example()
         model, put_out = self._build(gang, example, manifest.role("features"))
+        before = _fetched(gang, INITIAL_MODEL) if self.recipe.continued else None
+        if before is not None:
+            _take_weights(model, before)
         self._compile(model, gang.world)
+        if before is not None:
+            _take_optimizer(model, before)
         outputs = describe_outputs(model, put_out, manifest.role("label"))
         order = tuple(outputs) if isinstance(put_out, (list, tuple)) and len(outputs) > 1 else None
         feed = Feed(data, self.schedule.classWeights, order)
         if gang.rank == 0:
             codec.check_loadable(model)
         own = chosen(self.recipe.callbacks, gang, validation is not None)
-        self._pace(model, own, data.steps)
-        sync = Synchroniser(model, gang.collective, gang.rank, nonFinite=self.schedule.nonFiniteLoss)
+        watched = watch_batches(own)
+        if not watched:
+            self._pace(model, data.steps)
+        sync = Synchroniser(model, gang.collective, gang.rank, averager, nonFinite=self.schedule.nonFiniteLoss)
         keeper = Keeper(model, gang, checkpoints, own, self.schedule.epochs, data.steps)
         place = keeper.find()
         sync.start_alike()
@@ -115,7 +134,7 @@ class KerasTrainer(Trainer):
         clock.append(time.monotonic())
         gang.progress.update(phase="trace")
         report = Report(gang.progress, self.schedule.epochs, data.steps, data.rows * gang.world, place)
-        session = Session([sync.callback(), feed.callback(), *own, report, keeper], model)
+        session = Session([sync.callback(), feed.callback(), *own, report, keeper], model, watched=watched)
         held = None if validation is None else Feed(validation, outputs=order)
         with sync.averaged_gradients(), feed.errors(), (held or feed).errors():
             for first, last, start in _parts(place, self.schedule.epochs):
@@ -160,10 +179,7 @@ class KerasTrainer(Trainer):
             if not codec.is_model(model):
                 raise ParamError(f"the function given as model returned {model!r}, not a keras.Model")
         else:
-            # Keras reads a model from a local path only.
-            with NamedTemporaryFile(suffix=codec.SUFFIX) as local:
-                gang.run.get(INITIAL_MODEL, Path(local.name))
-                model = codec.load_model(local.name, compiled=True)
+            model = _fetched(gang, MODEL if recipe.instance else INITIAL_MODEL)
         try:
             return model, model(example, training=False)  # which builds what is not built yet
         except Exception as error:
@@ -209,11 +225,9 @@ class KerasTrainer(Trainer):
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
 
-    def _pace(self, model: Any, callbacks: Sequence[Any], steps: int) -> None:
-        """Choose how many steps Keras runs in one call, where nobody has chosen and nobody watches single steps."""
-        from spark_nn.keras.callbacks import watch_batches
-
-        if model.steps_per_execution == 1 and not model.run_eagerly and not watch_batches(callbacks):
+    def _pace(self, model: Any, steps: int) -> None:
+        """Choose how many steps Keras runs in one call, where nobody has."""
+        if model.steps_per_execution == 1 and not model.run_eagerly:
             model.steps_per_execution = steps_per_execution(model.count_params(), self.schedule.batch, steps)
 
 
@@ -226,6 +240,49 @@ def prepare() -> None:
     import spark_nn.keras.sync  # noqa: F401
 
     petastorm_compat.load()
+
+
+def _fetched(gang: GangContext, name: str) -> Any:
+    """A model that the driver left, compiled as far as its file says how."""
+    # Keras reads a model from a local path only.
+    with NamedTemporaryFile(suffix=codec.SUFFIX) as local:
+        gang.run.get(name, Path(local.name))
+        return codec.load_compiled(local.name)
+
+
+def _take_weights(model: Any, before: Any) -> None:
+    """Give a model the weights of a fitted one.
+
+    Raises
+    ------
+    ParamError
+        It has others.
+    """
+    ours, theirs = ([(tuple(weight.shape), weight.path) for weight in each.weights] for each in (model, before))
+    if len(ours) != len(theirs):
+        raise ParamError(
+            f"initialModel has {len(theirs)} weights, and the network of the param model {len(ours)}: both must have "
+            "the same layers; or leave model out"
+        )
+    for (shape, path), (given, _) in zip(ours, theirs, strict=True):
+        if shape != given:
+            raise ParamError(
+                f"the weight {path} of the network of the param model has shape {shape}, and initialModel's {given}: "
+                "both must have the same layers; or leave model out"
+            )
+    model.set_weights(before.get_weights())
+
+
+def _take_optimizer(model: Any, before: Any) -> None:
+    """Give a model's optimizer the state of a fitted model's, where it is of the same kind; its settings stay."""
+    ours, theirs = model.optimizer, getattr(before, "optimizer", None)
+    if theirs is None or type(ours) is not type(theirs):
+        return
+    if [each.shape for each in ours.variables] != [each.shape for each in theirs.variables]:
+        return
+    for variable, value in zip(ours.variables, theirs.variables, strict=True):
+        if variable.name != "learning_rate":
+            variable.assign(value)
 
 
 def _parts(place: Place, epochs: int) -> list[tuple[int, int, int]]:

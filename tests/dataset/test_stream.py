@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import threading
+import time
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from spark_nn.dataset import petastorm_compat, writer
-from spark_nn.dataset.stream import Stream
-from spark_nn.errors import DatasetError
+from spark_nn.dataset.stream import Stream, _GroupReader
+from spark_nn.errors import DatasetError, StoreError
 from tests.dataset.helpers import write
 
 pytestmark = pytest.mark.timeout(120)
@@ -257,3 +260,22 @@ def test_rows_that_a_reader_loses_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(pool, "get_results", ending)
     with pytest.raises(DatasetError, match="rank 0 read 12 of 30 planned parts"):
         list(stream(run, manifest).epoch(0))
+
+
+def test_a_store_that_hangs_is_an_error_in_time(tmp_path, monkeypatch):
+    run, manifest = write(tmp_path, [3000])
+    hangs = threading.Event()
+    original = _GroupReader.process
+
+    def process(self, group, start, stop):
+        if group.index == 3:
+            hangs.wait(60)
+        original(self, group, start, stop)
+
+    monkeypatch.setattr(_GroupReader, "process", process)
+    began = time.monotonic()
+    with pytest.raises(StoreError, match=r"no data came from .*parquet in file://.* within 0.3 s: look at") as caught:
+        list(stream(run, manifest, timeout=0.3).epoch(0))
+    assert caught.value.transient
+    assert time.monotonic() - began < 10
+    hangs.set()
