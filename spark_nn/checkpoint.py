@@ -208,7 +208,7 @@ class Checkpoints:
                 return None
             with np.load(local, allow_pickle=False) as file:
                 return described, {each: file[each] for each in file.files}
-        except (FileNotFoundError, StoreError, ValueError, KeyError):
+        except (StoreError, ValueError, KeyError, TypeError):
             return None
         finally:
             local.unlink(missing_ok=True)

@@ -10,15 +10,17 @@ import time
 import psutil
 
 
-def named(name):
-    """This test session's processes of that name."""
-    mark = os.environ["SPARK_WORKER_DIR"]  # a directory of this test session's own, inherited by all of them
+def named(name, session=True):
+    """Processes of that name, of this test session or of any."""
+    mark = os.environ.get("SPARK_WORKER_DIR")  # a directory of this test session's own, inherited by all of them
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             with open(f"/proc/{process.pid}/comm") as file:
                 comm = file.read().strip()
-            if comm.startswith(name) and process.environ().get("SPARK_WORKER_DIR") == mark:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                continue  # it is gone, and whoever should bury it takes its time
+            if comm.startswith(name) and (not session or process.environ().get("SPARK_WORKER_DIR") == mark):
                 found.append(process)
     return found
 
