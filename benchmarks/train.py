@@ -11,7 +11,7 @@ returning memory to the kernel at every step. One line shows what that alone doe
 
 With `--workers N` it is another table: samples per second of N processes with a core each that train in step, as a
 share of what N times one core would reach if they had nothing to tell each other. All lines train the same networks on
-the same batch in memory, as many steps per call, in the same environment; the batch is that of one worker, not of all.
+the same batch in memory, with one thread to compute and as many steps per call; the batch is that of one worker.
 """
 
 from __future__ import annotations
@@ -171,8 +171,8 @@ class Gang:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows of a worker's batch, and steps of an epoch: about a second's work for one core."""
-        batch, steps = {"mlp": (256, 1600), "cnn": (64, 112), "large": (256, 32)}[self.network]
+        """Rows of a worker's batch, and steps of an epoch: about a second's work for one core, or less."""
+        batch, steps = {"mlp": (256, 800), "cnn": (64, 96), "large": (256, 32)}[self.network]
         return batch, -(-steps // self.together) * self.together
 
     def settle(self) -> None:
@@ -309,7 +309,6 @@ def gloo(gang: Gang) -> float:
     from datetime import timedelta
 
     gang.settle()
-    import tensorflow as tf
     import torch
     import torch.distributed as dist
 
@@ -339,8 +338,10 @@ def gloo(gang: Gang) -> float:
 
 def measured(line: Callable[[Gang], float], gang: Gang, workers: int) -> float:
     """Samples per second of all workers together."""
+    # A pool of one thread holds up what TensorFlow's own strategies run; a user of theirs would leave it as it is.
+    environment = dict(os.environ) if line is mirrored else child_environment(os.environ, 1, [])
     if line is alone:
-        return float(together(line, [(gang,)])[0])
+        return float(together(line, [(gang,)], environment)[0])
     with contextlib.ExitStack() as stack:
         listeners = [listen(HOST) for _ in range(workers)]
         # Bound, so that nobody else is given the port, but shared with the peer's server; and never listening.
@@ -355,12 +356,13 @@ def measured(line: Callable[[Gang], float], gang: Gang, workers: int) -> float:
             ports=tuple(each.getsockname()[1] for each in places),
         )
         calls = [(replace(whole, rank=rank, listener=listeners[rank]),) for rank in range(workers)]
-        return float(sum(together(line, calls)))
+        return float(sum(together(line, calls, environment)))
 
 
 def in_step(arguments: argparse.Namespace) -> None:
     """Measure workers in step, and print a table per network."""
-    os.environ.update(child_environment(os.environ, 1, []), KERAS_BACKEND="tensorflow")
+    one = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    os.environ.update(dict.fromkeys(one, "1"), KERAS_BACKEND="tensorflow", CUDA_VISIBLE_DEVICES="")
     workers = arguments.workers
     lines: dict[str, Callable[[Gang], float]] = {
         ALONE: alone,
