@@ -17,10 +17,12 @@ from keras.src.random.seed_generator import global_seed_generator
 
 from spark_nn.checkpoint import Arrays, Checkpoint, Checkpoints, Place
 from spark_nn.gang.context import GangContext
+from spark_nn.keras.feed import Feed
 from spark_nn.keras.sync import optimizers
 
 # What Keras gives every callback, and no state of its own.
 _GIVEN = {"params", "_model", "model"}
+_METRIC = "metric-"
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -74,10 +76,15 @@ class Keeper(keras.callbacks.Callback):  # type: ignore[misc]
         self.checkpoints.begin(self.done)
         return self.place
 
-    def settle(self) -> None:
+    def settle(self, feed: Feed) -> None:
         """Bring back what differs between ranks, once they have been made alike."""
-        if self.restored is not None:
-            self._assign(self.restored.own)
+        if self.restored is None:
+            return
+        self._assign(self.restored.own)
+        if self.place.step:
+            # Keras makes a metric's variables when it meets the first batch.
+            for batch in feed.dataset(self.place.step).take(1):
+                self.network.test_on_batch(*batch)
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Bring back the callbacks' state, which they have just reset."""
@@ -100,7 +107,8 @@ class Keeper(keras.callbacks.Callback):  # type: ignore[misc]
         """Bring back the metrics of an epoch that another attempt began."""
         if self.restored is not None and self.place.step:
             # Not before: Keras resets the metrics when an epoch begins.
-            for variable, value in zip(self.network.metrics_variables, self._metrics(self.restored.own), strict=True):
+            values = [value for name, value in self.restored.own.items() if name.startswith(_METRIC)]
+            for variable, value in zip(self.network.metrics_variables, values, strict=True):
                 variable.assign(value)
         else:
             self.place = Place(epoch, 0)
@@ -130,7 +138,7 @@ class Keeper(keras.callbacks.Callback):  # type: ignore[misc]
                 own.update(_scattered(f"callback-{number}-{name}", value))
         own["callbacks"] = np.frombuffer(json.dumps(described).encode(), np.uint8)
         for number, variable in enumerate(self.network.metrics_variables):
-            own[f"metric-{number}"] = _array(variable)
+            own[f"{_METRIC}{number}"] = _array(variable)
         alike: Arrays = {}
         for number, (variable, same) in enumerate(self._compared()):
             if not same:
@@ -168,9 +176,6 @@ class Keeper(keras.callbacks.Callback):  # type: ignore[misc]
             if value is not None:
                 # NumPy stores types that it does not know, such as bfloat16, as bytes.
                 variable.assign(value.view(_array(variable).dtype) if value.dtype.kind == "V" else value)
-
-    def _metrics(self, arrays: Arrays) -> list[np.ndarray]:
-        return [arrays[f"metric-{number}"] for number in range(len(self.network.metrics_variables))]
 
     def _described(self) -> str:
         """What the model is, so that another one is told."""

@@ -5,12 +5,16 @@ The driver imports this module to describe the training; Keras and TensorFlow ar
 
 from __future__ import annotations
 
+import contextlib
+import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, ClassVar, Literal
+
+import numpy as np
 
 from spark_nn.checkpoint import Checkpoints, Place
 from spark_nn.columns import Tensor
@@ -109,7 +113,8 @@ class KerasTrainer(Trainer):
         keras.utils.set_random_seed(self.schedule.seed % 2**32)
         example = Feed(data).example()
         model, put_out = self._build(gang, example, manifest.role("features"))
-        before = _fetched(gang, INITIAL_MODEL) if self.recipe.continued else None
+        with _random_numbers_kept():
+            before = _fetched(gang, INITIAL_MODEL) if self.recipe.continued else None
         if before is not None:
             _take_weights(model, before)
         self._compile(model, gang.world)
@@ -118,8 +123,9 @@ class KerasTrainer(Trainer):
         outputs = describe_outputs(model, put_out, manifest.role("label"))
         order = tuple(outputs) if isinstance(put_out, (list, tuple)) and len(outputs) > 1 else None
         feed = Feed(data, self.schedule.classWeights, order)
-        if gang.rank == 0:
-            codec.check_loadable(model)
+        with _random_numbers_kept():
+            if gang.rank == 0:
+                codec.check_loadable(model)
         own = chosen(self.recipe.callbacks, gang, validation is not None)
         watched = watch_batches(own)
         if not watched:
@@ -128,7 +134,7 @@ class KerasTrainer(Trainer):
         keeper = Keeper(model, gang, checkpoints, own, self.schedule.epochs, data.steps)
         place = keeper.find()
         sync.start_alike()
-        keeper.settle()
+        keeper.settle(feed)
         sync.first_step = place.step
 
         clock.append(time.monotonic())
@@ -240,6 +246,17 @@ def prepare() -> None:
     import spark_nn.keras.sync  # noqa: F401
 
     petastorm_compat.load()
+
+
+@contextlib.contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Let the block draw no random numbers: a model that is loaded does, and ranks must go on alike."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _fetched(gang: GangContext, name: str) -> Any:

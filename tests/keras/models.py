@@ -144,3 +144,65 @@ def single_process(build, compile_args, x, y, world, batch, epochs, seed, weight
 def relative(found, expected):
     """The largest difference of two lists of weights, relative to the largest weight of each."""
     return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12)) for a, b in zip(found, expected, strict=True))
+
+
+def remembering():
+    """A network and an optimizer with all that must be remembered between two steps."""
+    import keras
+
+    layers = [
+        keras.layers.Dense(16, "relu"),
+        keras.layers.BatchNormalization(),
+        keras.layers.Dropout(0.3),
+        keras.layers.GaussianNoise(0.1),
+    ]
+    model = keras.Sequential([*layers, keras.layers.Dense(1, "sigmoid")])
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.01, 20, 0.9)
+    optimizer = keras.optimizers.AdamW(schedule, use_ema=True, ema_momentum=0.9, global_clipnorm=1.0)
+    model.compile(optimizer, "binary_crossentropy", metrics=["auc", "accuracy"])
+    return model
+
+
+def another_each_time(folder):
+    """A model whose size depends on what has happened before."""
+    import os
+
+    import keras
+
+    units = 3 + len(os.listdir(folder))
+    return keras.Sequential([keras.layers.Dense(units, "relu"), keras.layers.Dense(1, "sigmoid")])
+
+
+def killed_once(mark, rank, step, *, early=True):
+    """A function that returns callbacks, one of which kills its rank at a step, the first time round."""
+
+    def make():
+        import os
+        import random
+        import signal
+
+        import keras
+
+        class Kill(keras.callbacks.Callback):
+            done = 0
+
+            def on_train_batch_end(self, batch, logs=None):
+                self.done += 1
+                with open("/proc/self/comm") as file:
+                    mine = file.read().strip() == f"spark_nn rank {rank}"
+                if mine and self.done == step and not os.path.exists(mark):
+                    with open(mark, "w"):
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+        class Draw(keras.callbacks.Callback):
+            """Changes the weights by random numbers of Python and NumPy, alike on all ranks."""
+
+            def on_epoch_end(self, epoch, logs=None):
+                shift = random.random() + np.random.random()
+                self.model.set_weights([weight * (1 + shift / 100) for weight in self.model.get_weights()])
+
+        stop = keras.callbacks.EarlyStopping("val_loss", patience=2, min_delta=0.001, restore_best_weights=True)
+        plateau = keras.callbacks.ReduceLROnPlateau("val_loss", patience=1, min_delta=10.0)
+        return [*([stop] if early else [stop, plateau]), Draw(), Kill()]
+
+    return make
