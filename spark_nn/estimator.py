@@ -26,7 +26,7 @@ from spark_nn.dataset.lease import Source
 from spark_nn.dataset.manifest import Manifest
 from spark_nn.dataset.materialize import Spec, check_count
 from spark_nn.errors import ColumnError, ModelFileError, ParamError, SparkNNError
-from spark_nn.gang.launch import Gang
+from spark_nn.gang.launch import Gang, Outcome
 from spark_nn.outputs import Output, Outputs, columns_of
 from spark_nn.params import ModelParams, TrainingParams
 from spark_nn.persistence import ModelFile, StageReader, StageWriter
@@ -111,6 +111,7 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
         return _Fits(self.copy(), dataset, paramMaps)
 
     def _fitOn(self, source: Source) -> M:
+        clock = [time.monotonic()]
         self.checkTrainingParams()
         self._check()
         dataset = source.dataset
@@ -119,24 +120,23 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
         spec = self._spec(dataset.schema, schedule)
         gang.check()
         store = store_url(dataset.sparkSession, self.getStoreUrl() if self.isDefined("storeUrl") else None)
-        clock = [time.monotonic()]
         with RunDir.open(store) as run:
             trainer = self._trainer(schedule, run)
             home = gang.home(trainer.environment, trainer.preload)
             gang.warm(home)  # the executors import the framework while the rows are written
+            clock.append(time.monotonic())
             data = source.lease(spec, store)
             check_count(data.manifest, spec, gang.world)
             clock.append(time.monotonic())
             training = functools.partial(trainer, data=data.run)
             outcome = gang.run(training, run, home=home, verbose=self.getVerbose())
-            clock.append(time.monotonic())
             trained = Trained(**outcome.value)
             file = ModelFile.fetch(run, trained.file, trained.sha256)
         model = self._newModel()
         # CrossValidator sets grid values on the model by the estimator's params: they must share the uid.
         model._resetUid(self.uid)
         outputs = {name: Output.fromDict(output) for name, output in trained.outputs.items()}
-        summary = self._summary(trained, data.manifest, outcome.restarts, clock)
+        summary = self._summary(trained, data.manifest, outcome, clock)
         model._fitted = Fitted(file, data.manifest.role("features"), outputs, summary)
         return self._copyValues(model)
 
@@ -163,10 +163,10 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
         )
 
     def _summary(
-        self, trained: Trained, manifest: Manifest, restarts: list[str], clock: list[float]
+        self, trained: Trained, manifest: Manifest, outcome: Outcome, clock: Sequence[float]
     ) -> TrainingSummary:
-        """What the fit was like; `clock` holds when it began, when the rows were written and when training ended."""
-        began, written, ended = clock
+        """What the fit was like; `clock` holds when it began, and when checks were done and the rows there."""
+        began, checked, written = clock
         return TrainingSummary(
             history=trained.history,
             rows=manifest.rows("train"),
@@ -175,10 +175,11 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
             numWorkers=self.getNumWorkers(),
             rowsPerSecond=trained.rowsPerSecond,
             epochSeconds=trained.epochSeconds,
-            restarts=restarts,
+            restarts=outcome.restarts,
             seconds={
-                "materialize": written - began,
-                "start": max(0.0, ended - written - sum(trained.seconds.values())),
+                "check": checked - began,
+                "materialize": written - checked,
+                **outcome.seconds,
                 **trained.seconds,
                 "total": time.monotonic() - began,
             },

@@ -19,6 +19,33 @@ _ALIGNMENT = 64
 _KEPT = 8
 
 
+class Areas:
+    """Hands out memory of one size.
+
+    Parameters
+    ----------
+    size : int
+        Its bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._areas: list[np.ndarray] = []
+
+    def take(self) -> tuple[np.ndarray, int]:
+        """An uninitialised area of bytes, and where in it to begin; it is free again when no array lies in it."""
+        # A view of a view refers to the area itself, so that its count of references tells all of them.
+        for place in range(len(self._areas)):
+            if sys.getrefcount(self._areas[place]) == _UNUSED:
+                area = self._areas[place]
+                break
+        else:
+            area = np.empty(self._size + _ALIGNMENT, np.uint8)
+            if len(self._areas) < _KEPT:
+                self._areas.append(area)
+        return area, -area.ctypes.data % _ALIGNMENT
+
+
 class Buffers:
     """Hands out blocks of a number of rows.
 
@@ -32,34 +59,22 @@ class Buffers:
 
     def __init__(self, tensors: Sequence[Tensor], rows: int) -> None:
         self._layout: list[tuple[str, np.dtype[np.generic], tuple[int, ...], int]] = []
-        self._size = 0
+        size = 0
         for tensor in tensors:
             shape = (rows, *(tensor.shape or ()))
-            self._layout.append((tensor.name, tensor.numpy, shape, self._size))
+            self._layout.append((tensor.name, tensor.numpy, shape, size))
             if tensor.numeric:
                 nbytes = rows * tensor.size * tensor.numpy.itemsize
-                self._size += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._areas: list[np.ndarray] = []
+                size += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._areas = Areas(size)
 
     def take(self) -> dict[str, np.ndarray]:
         """An uninitialised block; its memory is free again when the last of its arrays, and of their views, is gone."""
-        area = self._free_area()
-        if area is None:
-            area = np.empty(self._size + _ALIGNMENT, np.uint8)
-            if len(self._areas) < _KEPT:
-                self._areas.append(area)
-        skip = -area.ctypes.data % _ALIGNMENT
-        # A view of a view refers to the area itself, so that its count of references tells all of them.
+        area, skip = self._areas.take()
         return {
             name: np.empty(shape, dtype) if dtype.hasobject else np.ndarray(shape, dtype, area, skip + start)
             for name, dtype, shape, start in self._layout
         }
-
-    def _free_area(self) -> np.ndarray | None:
-        for place in range(len(self._areas)):
-            if sys.getrefcount(self._areas[place]) == _UNUSED:
-                return self._areas[place]
-        return None
 
 
 # What `getrefcount` says of an array that only a list refers to: Python versions count their own use differently.

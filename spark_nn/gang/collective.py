@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from spark_nn.errors import CollectiveError, OutOfStep, PeerLost
+from spark_nn.gang.shared import Shared
 from spark_nn.gang.wire import (
     Address,
     Inlet,
@@ -48,6 +49,8 @@ _OPS = ["sum", "mean", "max", "min"]
 _UFUNCS = {"sum": np.add, "mean": np.add, "max": np.maximum, "min": np.minimum}
 
 _BLOCK = 512 * 1024  # bytes that travel as one frame: many against the cost of a call, few against a cache
+_POWERS = {2**power for power in range(1, 17)}
+_SPIN = 2e-4  # seconds of looking again and again before sleeping: to be woken takes a core about as long
 _GRACE = 0.25  # seconds that the news of a failure may lag behind its consequences
 
 
@@ -76,7 +79,7 @@ class Collective(ABC):
         """Say where the training stands: ranks that meet at different places raise `OutOfStep`."""
 
     @abstractmethod
-    def all_reduce(self, buffer: NDArray[Any], op: str = "sum") -> None:
+    def all_reduce(self, buffer: NDArray[Any], op: str = "sum", source: NDArray[Any] | None = None) -> None:
         """Combine the ranks' buffers element by element, in place; all ranks end with the same bits.
 
         Parameters
@@ -86,6 +89,8 @@ class Collective(ABC):
             on all ranks.
         op : {"sum", "mean", "max", "min"}
             How to combine; `"mean"` takes floats only. NaN and infinities come out as NumPy has them.
+        source : numpy.ndarray, optional
+            What this rank gives, where that is not in the buffer; of the same type and size, and left as it is.
         """
 
     @abstractmethod
@@ -118,9 +123,10 @@ class Alone(Collective):
     def mark(self, epoch: int, step: int) -> None:
         """See `Collective.mark`."""
 
-    def all_reduce(self, buffer: NDArray[Any], op: str = "sum") -> None:
+    def all_reduce(self, buffer: NDArray[Any], op: str = "sum", source: NDArray[Any] | None = None) -> None:
         """See `Collective.all_reduce`."""
-        _flat(buffer, op)
+        flat = _flat(buffer, op)
+        np.copyto(flat, _given(flat, source))
 
     def broadcast(self, buffer: NDArray[Any], root: int = 0) -> None:
         """See `Collective.broadcast`."""
@@ -164,6 +170,7 @@ class Ring(Collective):
         before: socket.socket,
         after: socket.socket,
         timeout: float,
+        spin: bool = False,
     ) -> None:
         self.rank = rank
         self.world = len(addresses)
@@ -171,6 +178,8 @@ class Ring(Collective):
             f"rank {peer} ({place(addresses[peer])})" for peer in ((rank - 1) % self.world, (rank + 1) % self.world)
         )
         self._timeout = timeout
+        self._spin = _SPIN if spin else 0.0
+        self._shared: Shared | None = None
         self._inlet, self._outlet = Inlet(before), Outlet(after)  # the stream of data
         self._back_inlet, self._back_outlet = Inlet(after), Outlet(before)  # the small frames against it
         self._scratch = np.empty(_BLOCK, np.uint8)
@@ -190,6 +199,7 @@ class Ring(Collective):
         listener: socket.socket,
         secret: bytes,
         timeout: float,
+        spin: bool = False,
     ) -> Ring:
         """Form the ring; returns once it has closed on all ranks.
 
@@ -205,6 +215,8 @@ class Ring(Collective):
             Known to the ranks of this ring alone. It proves them to each other and is never sent.
         timeout : float
             The seconds a neighbour may take to come, and later to give a sign of life while it is waited for.
+        spin : bool
+            Whether each rank has a core of its own, on which it may look for data some time before it sleeps.
 
         Raises
         ------
@@ -218,9 +230,10 @@ class Ring(Collective):
         before, after = form(rank, addresses, listener, secret, timeout)
         # A neighbour that still waits for its own other neighbour keeps silent until it gives up, which is
         # at most `timeout` from now: wait a little longer, so as to hear which rank is missing.
-        ring = cls(rank, addresses, before, after, timeout + 1)
+        ring = cls(rank, addresses, before, after, timeout + 1, spin)
         try:
             ring.barrier()
+            ring._shared = Shared.form(rank, ring.world, _BLOCK, ring.all_gather)
         except BaseException:
             ring.close()
             raise
@@ -231,13 +244,14 @@ class Ring(Collective):
         """See `Collective.mark`."""
         self._place = (int(epoch), int(step))
 
-    def all_reduce(self, buffer: NDArray[Any], op: str = "sum") -> None:
+    def all_reduce(self, buffer: NDArray[Any], op: str = "sum", source: NDArray[Any] | None = None) -> None:
         """See `Collective.all_reduce`."""
         flat = _flat(buffer, op)
+        given = _given(flat, source)
         reduce = self._reduce_whole if self.world * flat.nbytes <= _BLOCK else self._reduce_in_pieces
         operation = self._operation(Operation.ALL_REDUCE, flat.nbytes, flat.dtype, _OPS.index(op))
         with operation, np.errstate(all="ignore"):  # an overflow is the training's to judge
-            reduce(flat, op)
+            reduce(flat, op, given)
 
     def broadcast(self, buffer: NDArray[Any], root: int = 0) -> None:
         """See `Collective.broadcast`."""
@@ -324,21 +338,32 @@ class Ring(Collective):
         self._back_outlet.say(frame, patience)
         self._outlet.say(frame, patience)
 
-    def _reduce_whole(self, flat: NDArray[Any], op: str) -> None:
+    def _reduce_whole(self, flat: NDArray[Any], op: str, given: NDArray[Any]) -> None:
         """Take in everybody's buffer, then combine them in the order of ranks."""
-        rows = self._scratch[: self.world * flat.nbytes].view(flat.dtype).reshape(self.world, flat.size)
-        buffers = [flat if rank == self.rank else row for rank, row in enumerate(rows)]
-        self._hand_round([_raw(buffer) for buffer in buffers])
-        result = buffers[0]
-        for buffer in buffers[1:]:
-            out = flat if buffer is flat else result  # the result ends in the caller's buffer
-            _UFUNCS[op](result, buffer, out=out)
-            result = out
-        if op == "mean":
+        if self._shared is None:
+            rows = list(self._scratch[: self.world * flat.nbytes].view(flat.dtype).reshape(self.world, flat.size))
+        else:
+            rows = self._shared.places(flat.dtype, flat.size)
+        # Halving is exact, and so may as well be done on the way.
+        halved = op == "mean" and self.world in _POWERS and flat.dtype.itemsize >= 4
+        if halved:
+            np.multiply(given, flat.dtype.type(1 / self.world), out=rows[self.rank])
+        else:
+            np.copyto(rows[self.rank], given)
+        shared = self._shared is not None
+        self._hand_round([memoryview(b"") if shared else _raw(row) for row in rows])
+        result = rows[0]
+        for row in rows[1:]:
+            result = _UFUNCS[op](result, row, out=flat)
+        if result is not flat:  # of a ring of one
+            np.copyto(flat, result)
+        if op == "mean" and not halved:
             np.divide(flat, self.world, out=flat)
 
-    def _reduce_in_pieces(self, flat: NDArray[Any], op: str) -> None:
+    def _reduce_in_pieces(self, flat: NDArray[Any], op: str, given: NDArray[Any]) -> None:
         """Hand one piece per rank round twice: once to combine it, once to hand out the result."""
+        if given is not flat:
+            np.copyto(flat, given)
         bounds = [flat.size * rank // self.world for rank in range(self.world + 1)]
         hops = self._hops([_raw(flat[start:stop]) for start, stop in pairwise(bounds)], rounds=2)
         partial = sum(map(len, hops[1 : self.world - 1]))  # blocks that come and still lack some rank's share
@@ -431,6 +456,9 @@ class Ring(Collective):
         """Sleep until a neighbour can be read or written; raise where one that is waited for keeps silent."""
         if self._aborted:
             raise CollectiveError(self._aborted)
+        if self._spin and for_before and self._inlet.comes_within(self._spin):
+            self._heard_before = time.monotonic()
+            return
         before, after = self._inlet.socket.fileno(), self._outlet.socket.fileno()
         poller, until = select.poll(), self._sign_due
         if not self._left:
@@ -526,6 +554,15 @@ def _flat(buffer: NDArray[Any], op: str | None = None) -> NDArray[Any]:
     if op == "mean" and buffer.dtype.kind != "f":
         raise ValueError(f"the mean of {buffer.dtype} is not {buffer.dtype}: reduce floats, or take the sum")
     return buffer.reshape(-1)
+
+
+def _given(flat: NDArray[Any], source: NDArray[Any] | None) -> NDArray[Any]:
+    """What this rank gives, in one dimension."""
+    if source is None:
+        return flat
+    if source.dtype != flat.dtype or source.size != flat.size:
+        raise ValueError(f"the source holds {source.size} {source.dtype}, and the buffer {flat.size} {flat.dtype}")
+    return source.reshape(-1)
 
 
 def _check_root(root: int, world: int) -> None:

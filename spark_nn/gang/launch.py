@@ -10,13 +10,13 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 from pyspark import inheritable_thread_target
 
-from spark_nn.errors import ClusterError, ParamError, TrainingError
+from spark_nn.errors import ClusterError, ParamError, StoreError, TrainingError
 from spark_nn.gang.context import CARDS, RESULT, GangContext, attempt_folder
 from spark_nn.gang.failure import FOLDER, Failure, first_failure
 from spark_nn.gang.progress import shown
@@ -49,10 +49,14 @@ class Outcome:
         What the function returned on rank 0.
     restarts : list of str
         Why it was begun again, each time.
+    seconds : dict of str to float
+        Where the time went but for the function itself: ``lost`` in attempts that failed, ``start`` until the function
+        began on rank 0, ``finish`` after it had ended there.
     """
 
     value: Any
-    restarts: list[str] = field(default_factory=list)
+    restarts: list[str]
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,9 @@ class Gang:
         """
         pickled = cloudpickle.dumps(function)
         restarts: list[str] = []
+        first = time.monotonic()
         while True:
+            lost = time.monotonic() - first
             task = GangTask(
                 run=run,
                 attempt=len(restarts),
@@ -168,7 +174,8 @@ class Gang:
                 timeout=self.timeout,
             )
             try:
-                return Outcome(self._attempt(task, verbose), restarts)
+                value, seconds = self._attempt(task, verbose)
+                return Outcome(value, restarts, {"lost": lost, **seconds} if restarts else seconds)
             except TrainingError as error:
                 error.restarts = restarts
                 if not error.transient or len(restarts) >= self.retries:
@@ -182,9 +189,11 @@ class Gang:
                 time.sleep(_PAUSE)
                 self._slots(_RECOVERY)
 
-    def _attempt(self, task: GangTask, verbose: int) -> Any:
+    def _attempt(self, task: GangTask, verbose: int) -> tuple[Any, dict[str, float]]:
+        """What the function returned on rank 0, and the seconds before and after it."""
         left = RunDir(attempt_folder(task.run, task.attempt))
         left.mkdir(FOLDER)
+        submitted = time.time()
         try:
             with shown(left, verbose):
                 self._collect(task)
@@ -199,7 +208,15 @@ class Gang:
                     f"the gang could not run: {_words(error)}", transient="Traceback (most recent" not in words
                 ) from error
             raise _training_error(self._named(failure, left)) from None
-        return left.readJson(RESULT)
+        result = left.readJson(RESULT)
+        if result is None:
+            raise StoreError(
+                f"rank 0 has left no result in {left.url}: the store is not the same directory there as here"
+            )
+        around = time.time() - submitted - (result["ended"] - result["began"])
+        # The clocks of two machines need not agree.
+        start = min(max(0.0, result["began"] - submitted), around)
+        return result["value"], {"start": start, "finish": around - start}
 
     def _named(self, failure: Failure, left: RunDir) -> Failure:
         """The failure; where only survivors have told of it, that of the rank that told nothing."""

@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import hmac
 import itertools
+import os
 import secrets
 import select
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -114,6 +116,8 @@ class Inlet:
         self.head = bytearray(_FRAME.size + _POSITION.size)
         self._room = memoryview(self.head)
         self._filled = 0
+        self._look = select.poll()
+        self._look.register(sock, select.POLLIN)
 
     @property
     def between_frames(self) -> bool:
@@ -140,11 +144,18 @@ class Inlet:
         """Go on to the next frame; the current one is a header alone."""
         self._filled = 0
 
+    def comes_within(self, seconds: float) -> bool:
+        """Whether there is something to read so soon; other threads and processes have the core in between."""
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            if self._look.poll(0):
+                return True
+            os.sched_yield()
+        return False
+
     def wait(self, seconds: float) -> None:
         """Sleep until there is something to read, for so many seconds at most."""
-        poller = select.poll()
-        poller.register(self.socket, select.POLLIN)
-        poller.poll(max(0.0, seconds) * 1000)
+        self._look.poll(max(0.0, seconds) * 1000)
 
     def body_came(self, body: memoryview) -> bool:
         """Read on until the body is whole."""

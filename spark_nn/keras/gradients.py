@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from spark_nn.dataset.buffers import Areas
 from spark_nn.gang.collective import Collective
 
 
@@ -23,6 +26,8 @@ class Averager:
 
     def __init__(self, collective: Collective) -> None:
         self.collective = collective
+        self._thread = threading.local()
+        self._areas: dict[int, Areas] = {}
 
     def average(self, grads: Sequence[Any]) -> list[Any]:
         """The gradients of the global batch: dense ones in one exchange, sparse ones one by one."""
@@ -61,9 +66,17 @@ class Averager:
         return tf.IndexedSlices(values, tf.cast(indices, grad.indices.dtype), grad.dense_shape)
 
     def _exchange(self, flat: np.ndarray) -> np.ndarray:
-        buffer = flat.copy()  # the argument may share memory with a tensor that others still read
-        self.collective.all_reduce(buffer, "mean")
-        return buffer
+        if not hasattr(self._thread, "kept"):
+            # Else the interpreter would make itself a state of TensorFlow's thread, and drop it, at every step.
+            ctypes.pythonapi.PyGILState_Ensure()
+            self._thread.kept = True
+        # Of its own, as the argument may share memory with a tensor that others still read.
+        if flat.nbytes not in self._areas:
+            self._areas[flat.nbytes] = Areas(flat.nbytes)
+        area, skip = self._areas[flat.nbytes].take()
+        mean: np.ndarray = np.ndarray(flat.shape, flat.dtype, area, skip)
+        self.collective.all_reduce(mean, "mean", flat)
+        return mean
 
     def _gather_rows(self, indices: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         every_index = self.collective.all_gather(indices.tobytes())

@@ -129,7 +129,7 @@ class KerasTrainer(Trainer):
         own = chosen(self.recipe.callbacks, gang, validation is not None)
         watched = watch_batches(own)
         if not watched:
-            self._pace(model, data.steps)
+            self._pace(model, data.steps, gang.world)
         sync = Synchroniser(model, gang.collective, gang.rank, averager, nonFinite=self.schedule.nonFiniteLoss)
         keeper = Keeper(model, gang, checkpoints, own, self.schedule.epochs, data.steps)
         place = keeper.find()
@@ -231,10 +231,12 @@ class KerasTrainer(Trainer):
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
 
-    def _pace(self, model: Any, steps: int) -> None:
+    def _pace(self, model: Any, steps: int, world: int) -> None:
         """Choose how many steps Keras runs in one call, where nobody has."""
         if model.steps_per_execution == 1 and not model.run_eagerly:
-            model.steps_per_execution = steps_per_execution(model.count_params(), self.schedule.batch, steps)
+            together = steps_per_execution(model.count_params(), self.schedule.batch // world, steps)
+            # A checkpoint is written between two calls.
+            model.steps_per_execution = min(together, self.schedule.checkpointInterval or together)
 
 
 def prepare() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from spark_nn.errors import CollectiveError, OutOfStep, PeerLost
-from spark_nn.gang import collective, wire
+from spark_nn.gang import collective, shared, wire
 from spark_nn.gang.collective import Alone, Ring, listen
 
 pytestmark = pytest.mark.timeout(120)
@@ -158,6 +158,63 @@ def test_any_number_of_blocks_and_pieces_reduces_right(gangs, world, size, dtype
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collective, "_BLOCK", 32)  # so that few numbers already make many blocks
         check_reduced(gangs[world], [numbers(seed + rank, size, dtype) for rank in range(world)], op)
+
+
+@pytest.mark.parametrize("op", ["sum", "mean", "max"])
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_memory_that_is_shared_changes_no_bit(monkeypatch, world, op):
+    draws = [np.random.default_rng(rank).standard_normal(5000).astype(np.float32) for rank in range(world)]
+
+    def reduce(gang):
+        def work(ring):
+            results = []
+            for size in (5000, 1, 0, 4999, 7):  # places are used again, by longer and shorter buffers
+                given = draws[ring.rank][:size].copy()
+                given.flags.writeable = False
+                buffer = np.full(size, np.nan, np.float32)
+                ring.all_reduce(buffer, op, given)
+                results.append(buffer.tobytes())
+            return results
+
+        return gang.run(work)
+
+    with Gang(world) as gang:
+        assert all(ring._shared is not None for ring in gang.rings)
+        shared = reduce(gang)
+    monkeypatch.delattr(os, "memfd_create")
+    with Gang(world) as gang:
+        assert all(ring._shared is None for ring in gang.rings)
+        assert reduce(gang) == shared
+    assert len({tuple(each) for each in shared}) == 1
+
+
+def test_memory_is_not_shared_where_one_rank_cannot_open_it(monkeypatch):
+    """As on another machine, where the same path is nothing, or something else."""
+    opened = shared._opened
+    refused = iter([False, True])
+    monkeypatch.setattr(shared, "_opened", lambda *args: None if next(refused) else opened(*args))
+    with Gang(2) as gang:
+        assert [ring._shared for ring in gang.rings] == [None, None]
+        assert gang.run(lambda ring: len(ring.all_gather(b"x"))) == [2, 2]
+
+
+def test_memory_of_somebody_else_is_not_taken(tmp_path):
+    for content in (b"x" * 128, b"y" * 128, b"x" * 64):
+        path = tmp_path / "memory"
+        path.write_bytes(content)
+        found = shared._opened(str(path), b"x" * 32, 128)
+        assert (found is not None) == (content == b"x" * 128)
+    assert shared._opened(str(tmp_path / "nothing"), b"x" * 32, 128) is None
+    assert shared._opened("", b"", 128) is None
+
+
+def test_a_source_that_does_not_fit_is_refused_and_breaks_nothing():
+    for ring in (Alone(), None):
+        with Gang(2) as gang:
+            for each in [ring] if ring else gang.rings:
+                with pytest.raises(ValueError, match="the source holds 3 float64, and the buffer 4 float32"):
+                    each.all_reduce(np.zeros(4, np.float32), "sum", np.zeros(3))
+            gang.run(lambda ring: ring.barrier())
 
 
 def test_shape_is_kept_and_the_buffer_changed_in_place():
@@ -301,7 +358,7 @@ def test_ranks_out_of_step_are_told_on_both_sides(what):
     work, found = MISMATCHES[what]
     with Gang(2, timeout=2) as gang:
         results = gang.run(work)
-        for pattern in (*found, "rank 0", "rank 1", "operation 2"):
+        for pattern in (*found, "rank 0", "rank 1", "operation 6"):
             check_all(results, OutOfStep, pattern)
         again = gang.run(lambda ring: ring.barrier())
         assert [str(error) for error in again] == [str(error) for error in results]
@@ -398,7 +455,7 @@ def test_closing_too_early_is_told_from_dying():
     with Gang(3) as gang:
         results = gang.run(work)
     assert results.pop(1) is None
-    check_all(results, PeerLost, "rank 1 .*closed in good order after barrier .*operation 2")
+    check_all(results, PeerLost, "rank 1 .*closed in good order after barrier .*operation 6")
 
 
 @pytest.mark.parametrize("room", [4096, 1 << 20])
