@@ -9,7 +9,6 @@ import socket
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +16,8 @@ from typing import Any
 
 from spark_nn.gang.forkserver import ForkServer
 
+# Seconds that a process may take to give its first sign of life, at least: a server may still be importing.
+_START_LIMIT = 120.0
 # Seconds that a process which is told to go, and killed, may take to be gone.
 _END_LIMIT = 10.0
 
@@ -67,13 +68,13 @@ class RankProcess:
         Silence
             It has given none for so long.
         """
-        heard = time.monotonic()
         poller = select.poll()
         poller.register(self.sock, select.POLLIN)
+        limit = max(patience, _START_LIMIT)
         while True:
-            if not poller.poll(max(0.0, heard + patience - time.monotonic()) * 1000):
-                raise Silence(f"the process gave no sign of life for {patience:g} s")
-            heard = time.monotonic()
+            if not poller.poll(limit * 1000):
+                raise Silence(f"the process gave no sign of life for {limit:g} s")
+            limit = patience
             try:
                 data = self.sock.recv(4096)
             except ConnectionError:
