@@ -160,7 +160,8 @@ class RunningParams(HasCheckpointInterval):
     collective: Param[str] = param(
         "collective",
         "How workers exchange gradients: 'ring', over TCP connections of our own, the fastest on CPUs; 'native', by "
-        "the framework's own operations (NCCL between GPUs); 'auto', native where every worker has a GPU, else ring.",
+        "the framework's own operations (NCCL between GPUs), whose servers ask nobody who they are; 'auto', native "
+        "where every worker has a GPU, else ring.",
         choice("collective", ("auto", "ring", "native")),
     )
 

@@ -82,6 +82,11 @@ def _own_folder() -> Path:
     return folder
 
 
+def is_lasting(error: BaseException) -> bool:
+    """Whether what a store has refused will be refused another time, too."""
+    return getattr(error, "errno", None) in _LASTING
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a local file, as hexadecimal digits."""
     with path.open("rb") as file:
@@ -162,7 +167,7 @@ class RunDir:
 
     def mkdir(self, name: str) -> None:
         """Make a directory below this one."""
-        self.fs.makedirs(self.path(name), exist_ok=True)
+        self._patiently("make", name, lambda: self.fs.makedirs(self.path(name), exist_ok=True))
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file so that nobody ever sees a part of it.
@@ -240,7 +245,7 @@ class RunDir:
             try:
                 return act()
             except Exception as error:
-                lasting = getattr(error, "errno", None) in _LASTING
+                lasting = is_lasting(error)
                 if lasting or pause is None:
                     cure = "make room or give it another storeUrl" if lasting else "look at what serves the store"
                     raise StoreError(

@@ -16,7 +16,7 @@ from spark_nn.dataset import memory
 from spark_nn.dataset.manifest import MANIFEST, Manifest, Split
 from spark_nn.dataset.stream import Block, Cache, Stream
 from spark_nn.errors import SparkNNError
-from spark_nn.gang.context import GangContext
+from spark_nn.gang.context import GangContext, attempt_name
 from spark_nn.store import RunDir, digest
 
 MODEL_FOLDER = "model"
@@ -223,7 +223,9 @@ def publish(gang: GangContext, write: Any, suffix: str) -> tuple[str, str]:
         path = Path(folder) / f"model{suffix}"
         write(path)
         sha256 = digest(path)
-        gang.run.mkdir(MODEL_FOLDER)
-        name = f"{MODEL_FOLDER}/model{suffix}"
+        # Of this attempt: a straggler of an earlier one must not overwrite it.
+        model_folder = f"{attempt_name(gang.attempt)}/{MODEL_FOLDER}"
+        gang.run.mkdir(model_folder)
+        name = f"{model_folder}/model{suffix}"
         gang.run.put(path, name)
     return name, sha256

@@ -44,6 +44,7 @@ _NO_PICKLES = (
     "holds a pickled Petastorm schema or index, and reading one can run any code: "
     "spark_nn reads plain Parquet only, without Petastorm's metadata"
 )
+_JOIN_S = 5.0
 _STOP_CHECK_S = 0.02  # how often whoever waits looks whether the pool was stopped
 _VENTILATION_CHECK_S = 0.001  # how often an idle consumer looks for new work
 
@@ -389,9 +390,10 @@ def _race_free(stock: Any) -> type[Any]:
             super().start(make_worker, worker_args, ventilator)
 
         def join(self) -> None:
-            """Wait for the workers; but for one that hangs in a read no longer than `patience`."""
+            """Wait for the workers, where `patience` is limited not for long: one of them may hang in a read."""
+            until = None if self.patience is None else time.monotonic() + min(self.patience, _JOIN_S)
             for worker in self._workers:
-                worker.join(self.patience)
+                worker.join(None if until is None else max(0.0, until - time.monotonic()))
 
         def get_results(self) -> Any:
             """Return the next result, or raise the error that a worker met in its place.

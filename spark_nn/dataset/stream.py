@@ -27,7 +27,7 @@ from spark_nn.dataset.buffers import Buffers
 from spark_nn.dataset.manifest import Group, Manifest, Split
 from spark_nn.dataset.writer import unpack
 from spark_nn.errors import DatasetError, StoreError
-from spark_nn.store import RunDir
+from spark_nn.store import RunDir, is_lasting
 
 Block = dict[str, np.ndarray]
 Cache = Literal["none", "memory", "disk"]
@@ -386,6 +386,17 @@ class _GroupReader:
             self.parquet = None
 
     def _table(self, group: Group) -> pa.Table:
+        try:
+            return self._read(group)
+        except StoreError:
+            raise
+        except OSError as error:
+            raise StoreError(
+                f"cannot read {group.file!r} in the store, {self.reading.run.url}: {error}; look at what serves it",
+                transient=not is_lasting(error),
+            ) from error
+
+    def _read(self, group: Group) -> pa.Table:
         if self.parquet is None or self.file != group.file:
             self.shutdown()
             self.parquet, self.file = self.reading.open(group.file), group.file

@@ -66,8 +66,9 @@ def _obey(sock: socket.socket, order: dict[str, Any], function: bytes, listener:
     run, rank, host = RunDir(order["run"]), order["rank"], order["host"]
     attempt = RunDir(attempt_folder(run, order["attempt"]))
     progress = Reporter(attempt, rank)
-    for guard in (_leave_with, _give_signs):
-        threading.Thread(target=guard, args=(sock, progress, order["timeout"]), daemon=True).start()
+    line = _Line(sock)
+    threading.Thread(target=_leave_with, args=(sock,), daemon=True).start()
+    threading.Thread(target=_give_signs, args=(line, progress, order["timeout"]), daemon=True).start()
     collective: Collective | None = None
     try:
         collective = _join(order, listener)
@@ -98,8 +99,7 @@ def _obey(sock: socket.socket, order: dict[str, Any], function: bytes, listener:
             failure = _seen(failure, collective)
             collective.abort(failure.reason)
         # Twice, as the store may be what failed.
-        with contextlib.suppress(OSError):
-            sock.sendall(json.dumps({"failure": failure.toText()}).encode() + b"\n")
+        line.send(failure=failure.toText())
         failure.save(attempt)
         raise
 
@@ -136,7 +136,24 @@ def _receive(stream: Any) -> bytes:
     return data
 
 
-def _leave_with(sock: socket.socket, progress: Reporter, timeout: float) -> None:
+class _Line:
+    """What threads tell the task, one at a time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._lock = threading.Lock()
+
+    def send(self, **message: str) -> bool:
+        """Send a line of JSON; whether it went: without a task there is nobody to tell, and this process ends."""
+        try:
+            with self._lock:
+                self._sock.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            return False
+        return True
+
+
+def _leave_with(sock: socket.socket) -> None:
     """Leave when the task does: the end of the connection comes after any death."""
     with contextlib.suppress(OSError):
         while sock.recv(4096):
@@ -144,13 +161,11 @@ def _leave_with(sock: socket.socket, progress: Reporter, timeout: float) -> None
     os._exit(1)
 
 
-def _give_signs(sock: socket.socket, progress: Reporter, timeout: float) -> None:
+def _give_signs(line: _Line, progress: Reporter, timeout: float) -> None:
     """Tell the task again and again where this rank is, and so that it lives."""
-    with contextlib.suppress(OSError):
-        while True:
-            sock.sendall(json.dumps({"phase": progress.place}).encode() + b"\n")
-            progress.moved.wait(min(_SIGN, timeout / 4))
-            progress.moved.clear()
+    while line.send(phase=progress.place):
+        progress.moved.wait(min(_SIGN, timeout / 4))
+        progress.moved.clear()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,12 @@ CARDS = "ranks.json"
 
 def attempt_folder(run: RunDir, attempt: int) -> str:
     """URL of what one attempt at a run leaves: a late sign of an earlier one must not be taken for this one's."""
-    return f"{run.url}/attempt-{attempt}"
+    return f"{run.url}/{attempt_name(attempt)}"
+
+
+def attempt_name(attempt: int) -> str:
+    """Name of that folder in the run directory."""
+    return f"attempt-{attempt}"
 
 
 @dataclass(frozen=True)

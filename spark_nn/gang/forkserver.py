@@ -16,9 +16,11 @@ import contextlib
 import ctypes
 import gc
 import hashlib
+import hmac
 import importlib.metadata
 import json
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -36,6 +38,12 @@ _PR_SET_NAME, _PR_SET_PDEATHSIG = 15, 1
 _BACKLOG = 64
 # Seconds that starting the server may take; it imports nothing before it can be reached.
 _START_LIMIT = 60.0
+# Seconds that a call may take: the server may still be importing.
+_FORK_LIMIT = 120.0
+# Seconds that a caller has to say who it is; it does so at once.
+_INTRODUCTION_LIMIT = 1.0
+_FORKED = b"+"
+_TOKEN = 32
 # What differs from one task of an executor to the next and is set in the fork.
 OF_THE_TASK = ("TMPDIR", "CUDA_VISIBLE_DEVICES")
 
@@ -100,6 +108,7 @@ class ForkServer:
         """
         order = {"address": self.address[1:], "preload": self.preload, "idle": self.idle, "guardian": self.guardian}
         order["home"] = self.home
+        order["token"] = _token(self.home).hex()
         began = subprocess.run(
             [sys.executable, "-u", "-m", "spark_nn.gang.forkserver"],
             input=json.dumps(order).encode(),
@@ -119,9 +128,13 @@ class ForkServer:
         for last in (False, False, True):
             sock = socket.socket(socket.AF_UNIX)
             try:
+                sock.settimeout(_FORK_LIMIT)
                 sock.connect(self.address)
                 _check_owner(sock)
-                socket.send_fds(sock, [b"."], list(fds))
+                socket.send_fds(sock, [_token(self.home)], list(fds))
+                if sock.recv(1) != _FORKED:
+                    raise ConnectionResetError("the fork server left")
+                sock.settimeout(None)
             except (ConnectionError, FileNotFoundError):
                 # There is none, or it was about to end.
                 sock.close()
@@ -158,11 +171,12 @@ def die_with_parent(parent: int) -> None:
 class _Server:
     """Forks, reaps and kills; it never waits for anything but the next event."""
 
-    def __init__(self, listener: socket.socket, guardian: int, idle: float, home: str) -> None:
+    def __init__(self, listener: socket.socket, guardian: int, idle: float, home: str, token: bytes) -> None:
         self.listener = listener
         self.guardian = guardian
         self.idle = idle
         self.home = home
+        self.token = token
         self.poller = select.poll()
         self.poller.register(listener, select.POLLIN)
         self.poller.register(guardian, select.POLLIN)
@@ -186,20 +200,42 @@ class _Server:
                 self._admit()
 
     def _admit(self) -> None:
-        sock, _ = self.listener.accept()
-        try:
-            _check_owner(sock)
-        except PermissionError:
-            sock.close()
-            return
+        # Whatever goes wrong with one caller, the others' processes must not go with it.
+        with contextlib.suppress(OSError):
+            sock, _ = self.listener.accept()
+            try:
+                fds = self._introduced(sock)
+                self._fork(sock, fds)
+            except OSError:
+                sock.close()
+
+    def _introduced(self, sock: socket.socket) -> list[int]:
+        """What a caller brings for its process, if it has the right to call."""
+        _check_owner(sock)
+        sock.settimeout(_INTRODUCTION_LIMIT)
+        token, fds, _, _ = socket.recv_fds(sock, _TOKEN, 2)
+        sock.settimeout(None)
+        if len(fds) != 2 or not hmac.compare_digest(token, self.token):
+            for each in fds:
+                os.close(each)
+            raise PermissionError("a caller does not know the executor's token")
+        return fds
+
+    def _fork(self, sock: socket.socket, fds: list[int]) -> None:
         server = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            self._become(sock, server)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._become(sock, server, fds)
+        finally:
+            for each in fds:
+                os.close(each)
         pidfd = os.pidfd_open(pid)
         self.callers[pidfd] = pid, sock
         self.poller.register(pidfd, select.POLLIN)
         self.poller.register(sock, select.POLLRDHUP)
+        with contextlib.suppress(OSError):  # it has hung up, which the poller tells
+            sock.sendall(_FORKED)
 
     def _reap(self, pidfd: int) -> None:
         pid, sock = self.callers.pop(pidfd)
@@ -212,11 +248,11 @@ class _Server:
         os.close(pidfd)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         with contextlib.suppress(OSError):  # nobody is left to be told
-            sock.sendall(json.dumps({"status": status}).encode() + b"\n")
+            sock.sendall(b"\n" + json.dumps({"status": status}).encode() + b"\n")
         sock.close()
         self.used = time.monotonic()
 
-    def _become(self, sock: socket.socket, server: int) -> NoReturn:
+    def _become(self, sock: socket.socket, server: int, fds: list[int]) -> NoReturn:
         """Become a rank's process."""
         status = 1
         try:
@@ -226,7 +262,7 @@ class _Server:
             for pidfd, (_, other) in self.callers.items():
                 os.close(pidfd)
                 other.close()
-            _, (listener, log), _, _ = socket.recv_fds(sock, 1, 2)
+            listener, log = fds
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.close(log)
@@ -236,6 +272,23 @@ class _Server:
         finally:
             # Nothing of the server's may run here, whatever happens.
             os._exit(status)
+
+
+def _token(home: str) -> bytes:
+    """What a caller must know: the content of a file in the executor's own folder, which its user alone can read.
+
+    A name in the abstract namespace is seen by all containers that share a network, and their users may have the same
+    numbers.
+    """
+    path = Path(home) / "spark_nn-token"
+    if not path.exists():
+        draft = path.with_name(f"{path.name}.{os.getpid()}")
+        draft.touch(mode=0o600)
+        draft.write_bytes(secrets.token_bytes(_TOKEN))
+        with contextlib.suppress(FileExistsError):  # another task was quicker
+            os.link(draft, path)
+        draft.unlink()
+    return path.read_bytes()
 
 
 def _jvm() -> int | None:
@@ -297,7 +350,7 @@ def main() -> int:
     # Pages that the collector never touches stay shared with the forks.
     gc.collect()
     gc.freeze()
-    _Server(listener, guardian, order["idle"], order["home"]).serve()
+    _Server(listener, guardian, order["idle"], order["home"], bytes.fromhex(order["token"])).serve()
     return 0
 
 

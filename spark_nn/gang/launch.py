@@ -35,6 +35,8 @@ _RECOVERY = 120.0
 _PATIENCE = 3.0
 # Seconds before training is begun again: what has failed may need a moment.
 _PAUSE = 0.5
+# How Spark tells of tasks and executors that are gone.
+_LOST = re.compile(r"stage failure|barrier|[Ee]xecutor|[Ww]orker|UNAVAILABLE|[Cc]onnection")
 _CANCELLED = re.compile(r"JOB_CANCELLED|OPERATION_CANCELED|[Jj]ob \d+ (was )?cancelled")
 _LOG = logging.getLogger(__name__)
 
@@ -187,7 +189,12 @@ class Gang:
                     "%s. Going on from the last checkpoint (%d of %d)", restarts[-1], len(restarts), self.retries
                 )
                 time.sleep(_PAUSE)
-                self._slots(_RECOVERY)
+                slots = self._slots(_RECOVERY)
+                if slots is not None and slots < self.world:
+                    raise ClusterError(
+                        f"training cannot go on: {restarts[-1]}, and {_RECOVERY:g} s later the cluster has room for "
+                        f"{slots} of {self.world} workers"
+                    ) from error
 
     def _attempt(self, task: GangTask, verbose: int) -> tuple[Any, dict[str, float]]:
         """What the function returned on rank 0, and the seconds before and after it."""
@@ -201,13 +208,17 @@ class Gang:
             words = str(error)
             if _CANCELLED.search(words):
                 raise TrainingError(f"the training's Spark job was cancelled: {_words(error)}") from None
-            failure = first_failure(left, self.world, _PATIENCE) or Failure.fromText(words)
+            try:
+                failure = first_failure(left, self.world, _PATIENCE)
+                failure = failure and self._named(failure, left)
+            except StoreError:  # it may be what failed
+                failure = None
+            failure = failure or Failure.fromText(words)
             if failure is None:
                 # No rank could report: Spark's own words are all there is.
-                raise TrainingError(
-                    f"the gang could not run: {_words(error)}", transient="Traceback (most recent" not in words
-                ) from error
-            raise _training_error(self._named(failure, left)) from None
+                lost = bool(_LOST.search(words)) and "Traceback (most recent" not in words
+                raise TrainingError(f"the gang could not run: {_words(error)}", transient=lost) from error
+            raise _training_error(failure) from None
         result = left.readJson(RESULT)
         if result is None:
             raise StoreError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import select
 import socket
 import struct
@@ -16,6 +17,7 @@ from typing import Any
 
 from spark_nn.gang.forkserver import ForkServer
 
+_LOG = logging.getLogger(__name__)
 # Seconds that a process may take to give its first sign of life, at least: a server may still be importing.
 _START_LIMIT = 120.0
 # Seconds that a process which is told to go, and killed, may take to be gone.
@@ -84,7 +86,10 @@ class RankProcess:
                 return -9 if self.spawned is None else self.spawned.wait(_END_LIMIT)
             *lines, self._rest = (self._rest + data).split(b"\n")
             for line in lines:
-                message = json.loads(line)
+                try:
+                    message = json.loads(line)
+                except ValueError:
+                    continue  # of a process that was killed while it wrote
                 if "status" in message:
                     return int(message["status"])
                 self.phase = message.get("phase", self.phase)
@@ -121,7 +126,8 @@ def started(
     log : int
         File descriptor for what it prints.
     """
-    process = _forked(server, listener, log) if server is not None else _spawned(environment, listener, log)
+    process = _forked(server, listener, log) if server is not None else None
+    process = process or _spawned(environment, listener, log)
     try:
         listener.close()  # the process has it now; two owners would keep a dead one's port open
         yield process
@@ -129,8 +135,13 @@ def started(
         process.end()
 
 
-def _forked(server: ForkServer, listener: socket.socket, log: int) -> RankProcess:
-    return RankProcess(server.call([listener.fileno(), log]))
+def _forked(server: ForkServer, listener: socket.socket, log: int) -> RankProcess | None:
+    try:
+        return RankProcess(server.call([listener.fileno(), log]))
+    except OSError as error:
+        # It saves time, and no more: some systems do not let such a server be.
+        _LOG.warning("no fork server (%s): this rank imports for itself", error)
+        return None
 
 
 def _spawned(environment: Mapping[str, str], listener: socket.socket, log: int) -> RankProcess:

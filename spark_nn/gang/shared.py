@@ -57,22 +57,16 @@ class Shared:
         gather : callable
             Every rank's bytes from this one's, in the order of ranks.
         """
-        if not hasattr(os, "memfd_create"):
-            gather(b"")
-            return None
         size = _START + 2 * world * _step(world, room)
         token = secrets.token_bytes(_TOKEN)
-        made = os.memfd_create("spark_nn") if rank == 0 else -1
+        made = _made(token, size) if rank == 0 else -1
         try:
-            if rank == 0:
-                os.ftruncate(made, size)
-                os.pwrite(made, token, 0)
-            path, token = _offer(rank, made, token, gather)
+            path, token = _offer(made, token, gather)
             memory = _opened(path, token, size)
             # Nobody closes what another still has to open, and all use it or none.
             everybody = all(gather(b"" if memory is None else b"1"))
         finally:
-            if rank == 0:
+            if made >= 0:
                 os.close(made)
         return cls(memory, world, room) if everybody and memory is not None else None
 
@@ -88,9 +82,22 @@ def _step(world: int, room: int) -> int:
     return -(-room // world // _LINE) * _LINE
 
 
-def _offer(rank: int, made: int, token: bytes, gather: Callable[[bytes], list[bytes]]) -> tuple[str, bytes]:
+def _made(token: bytes, size: int) -> int:
+    """Memory without a name that begins with a token, as a file descriptor; -1 where the system gives none."""
+    if not hasattr(os, "memfd_create"):
+        return -1
+    try:
+        made = os.memfd_create("spark_nn")
+    except OSError:
+        return -1
+    os.ftruncate(made, size)
+    os.pwrite(made, token, 0)
+    return made
+
+
+def _offer(made: int, token: bytes, gather: Callable[[bytes], list[bytes]]) -> tuple[str, bytes]:
     """Where rank 0's memory is to be opened, and what it begins with."""
-    offer = gather(token + f"/proc/{os.getpid()}/fd/{made}".encode() if rank == 0 else b"")[0]
+    offer = gather(token + f"/proc/{os.getpid()}/fd/{made}".encode() if made >= 0 else b"")[0]
     return offer[_TOKEN:].decode(), offer[:_TOKEN]
 
 

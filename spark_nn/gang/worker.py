@@ -29,7 +29,7 @@ from typing import IO, Any
 import pyarrow as pa
 from pyspark import BarrierTaskContext, SparkFiles, TaskContext
 
-from spark_nn.errors import ClusterError, StoreError
+from spark_nn.errors import ClusterError, PeerLost, StoreError
 from spark_nn.gang.collective import listen
 from spark_nn.gang.context import CARDS, attempt_folder
 from spark_nn.gang.failure import Failure
@@ -108,8 +108,9 @@ class GangTask:
             raise
         except Exception as error:
             failure = replace(Failure.of(error, rank, host), phase="start")
-            failure.save(left)
-            raise
+            with contextlib.suppress(StoreError):
+                failure.save(left)
+            raise _ChildFailed(f"rank {rank} on {host}: {failure.reason}\n{failure.toText()}") from error
         yield pa.RecordBatch.from_pydict({"rank": [rank]})
 
     def _guard(self, order: dict[str, Any], listener: socket.socket, server: ForkServer | None, left: RunDir) -> None:
@@ -223,10 +224,12 @@ def _gather(context: BarrierTaskContext, text: str, timeout: float) -> list[str]
     try:
         return answer.result(timeout)
     except FutureTimeoutError:
-        raise ClusterError(
+        raise PeerLost(
             f"not all tasks of the gang came to its start within {timeout:g} s, though Spark had begun all of them: "
             "look for an executor that hangs, or set a longer timeout"
         ) from None
+    except Exception as error:
+        raise PeerLost(f"another task of the gang was lost before its start: {error}") from error
 
 
 def versions() -> dict[str, str]:

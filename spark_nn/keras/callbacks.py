@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -20,8 +20,11 @@ _OUTWARD = (kinds.ModelCheckpoint, kinds.CSVLogger, kinds.TensorBoard, kinds.Rem
 _BATCH_HOOKS = ("on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end")
 
 
-def chosen(given: Any, gang: GangContext, validated: bool) -> list[keras.callbacks.Callback]:
+def chosen(given: Any, gang: GangContext, validated: bool) -> tuple[list[keras.callbacks.Callback], bool]:
     """The user's callbacks that run on this rank; Keras's own that write files or send messages run on rank 0 alone.
+
+    And whether any of them, on whatever rank, wants to know of single batches: all ranks must take the same steps in a
+    call.
 
     Parameters
     ----------
@@ -58,10 +61,11 @@ def chosen(given: Any, gang: GangContext, validated: bool) -> list[keras.callbac
                 f"callbacks holds a {type(callback).__name__} that monitors {monitor!r}, but no rows are held back "
                 "for validation: set validationFraction or validationIndicatorCol, or monitor another metric"
             )
-    return [callback for callback in callbacks if gang.rank == 0 or not isinstance(callback, _OUTWARD)]
+    own = [callback for callback in callbacks if gang.rank == 0 or not isinstance(callback, _OUTWARD)]
+    return own, _watch_batches(callbacks)
 
 
-def watch_batches(callbacks: Sequence[keras.callbacks.Callback]) -> bool:
+def _watch_batches(callbacks: Sequence[keras.callbacks.Callback]) -> bool:
     """Whether any of the callbacks wants to know of single batches."""
 
     def overridden(callback: Any, hook: str) -> bool:
@@ -79,30 +83,50 @@ class Session(keras.callbacks.CallbackList):  # type: ignore[misc]
         In the order in which they are called.
     model : keras.Model
         What is trained.
+    kept : sequence of keras.callbacks.Callback
+        Those among them whose state a checkpoint holds: what they do when an epoch begins they have done, where another
+        attempt began it.
+    epochs, steps : int
+        Epochs of the training, and steps of each.
     watched : bool
         Whether any of them wants the logs of single batches: to make them numbers waits for a GPU.
     """
 
-    def __init__(self, callbacks: Sequence[keras.callbacks.Callback], model: keras.Model, *, watched: bool) -> None:
-        super().__init__(list(callbacks), add_history=True, add_progbar=False, model=model)
+    def __init__(
+        self,
+        callbacks: Sequence[keras.callbacks.Callback],
+        model: keras.Model,
+        *,
+        kept: Sequence[keras.callbacks.Callback],
+        epochs: int,
+        steps: int,
+        watched: bool,
+    ) -> None:
+        super().__init__(
+            list(callbacks), add_history=True, add_progbar=False, model=model, epochs=epochs, steps=steps, verbose=0
+        )
+        self._kept = {id(callback) for callback in kept}
         self._watched = watched
         self._begun = False
         self._final = True
+        self._start = 0
 
     @contextlib.contextmanager
-    def part(self, *, final: bool) -> Iterator[None]:
-        """The block fits a part of the training, the last one or another."""
+    def part(self, *, start: int, final: bool) -> Iterator[None]:
+        """The block fits a part of the training, from a step of its first epoch on, the last part or another."""
         self._final = final
+        self._start = start
+        if final:
+            yield
+            return
         # At its end `fit` puts the averaged weights in place of the trained ones, if the optimizer keeps such.
-        finalize: Callable[..., None] | None = None if final else lambda *_: None
         optimizer = self._model.optimizer
-        if finalize is not None:
-            optimizer.finalize_variable_values = finalize
+        finalize = optimizer.finalize_variable_values
+        optimizer.finalize_variable_values = lambda *args: finalize(*args) if self._model.stop_training else None
         try:
             yield
         finally:
-            if finalize is not None:
-                del optimizer.finalize_variable_values
+            del optimizer.finalize_variable_values
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Pass it on the first time."""
@@ -110,9 +134,19 @@ class Session(keras.callbacks.CallbackList):  # type: ignore[misc]
             self._begun = True
             super().on_train_begin(logs)
 
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Pass it on, but not to those that have seen this epoch begin."""
+        for callback in self.callbacks:
+            if not (self._start and id(callback) in self._kept):
+                callback.on_epoch_begin(epoch, logs)
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Pass it on, counted from the epoch's first step."""
+        super().on_train_batch_begin(self._start + batch, logs)
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Pass it on, without the logs where nobody looks at them."""
-        super().on_train_batch_end(batch, logs if self._watched else None)
+        """Pass it on, counted from the epoch's first step, without the logs where nobody looks at them."""
+        super().on_train_batch_end(self._start + batch, logs if self._watched else None)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Pass it on the last time."""
@@ -160,7 +194,7 @@ class Report(keras.callbacks.Callback):  # type: ignore[misc]
         if self.first_batch is None:
             self.first_batch = time.monotonic()
             self.progress.update(phase="training")
-        self.progress.update(step=min(self.first + batch + 1, self.steps))
+        self.progress.update(step=min(batch + 1, self.steps))
 
     def on_test_begin(self, logs: Any = None) -> None:
         """Stop the epoch's clock, as what follows is no training."""

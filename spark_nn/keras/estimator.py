@@ -387,6 +387,11 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
     def _check(self) -> None:
         if not self.isDefined("model"):
             if self.isDefined("initialModel"):
+                if self.getModelParams():
+                    raise ParamError(
+                        f"modelParams={self.getModelParams()!r} are arguments of a function, and model is not set: set "
+                        "it, or leave modelParams out, to go on with initialModel's own network"
+                    )
                 return
             raise ParamError("model is not set: give a keras.Model, or a function that returns one")
         model = self.getModel()

@@ -61,6 +61,7 @@ class Keeper(keras.callbacks.Callback):  # type: ignore[misc]
         self.steps = steps
         self.place = Place(0, 0)
         self.restored: Checkpoint | None = None
+        self.settled: list[np.ndarray] = []
 
     @property
     def done(self) -> int:
@@ -85,11 +86,16 @@ class Keeper(keras.callbacks.Callback):  # type: ignore[misc]
             # Keras makes a metric's variables when it meets the first batch.
             for batch in feed.dataset(self.place.step).take(1):
                 self.network.test_on_batch(*batch)
+        self.settled = [_array(variable) for variable in self._variables()]
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Bring back the callbacks' state, which they have just reset."""
         if self.restored is None:
             return
+        # They may have set the learning rate, or weights, as at the beginning of a training.
+        for variable, value in zip(self._variables(), self.settled, strict=True):
+            variable.assign(value)
+        self.settled = []
         own = self.restored.own
         for number, (callback, (plain, arrays)) in enumerate(
             zip(self.kept, json.loads(own["callbacks"].tobytes()), strict=True)
@@ -112,12 +118,11 @@ class Keeper(keras.callbacks.Callback):  # type: ignore[misc]
                 variable.assign(value)
         else:
             self.place = Place(epoch, 0)
-        self.first = self.place.step
         self.restored = None
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Save a checkpoint if one is due; after the last batch only when the epoch is over."""
-        self.place = Place(self.place.epoch, self.first + batch + 1)
+        self.place = Place(self.place.epoch, batch + 1)
         if self.place.step < self.steps and self.checkpoints.due(self.done):
             self._save(self.place)
 

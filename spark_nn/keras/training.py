@@ -103,7 +103,7 @@ class KerasTrainer(Trainer):
         import keras
 
         from spark_nn.keras import native
-        from spark_nn.keras.callbacks import Report, Session, chosen, watch_batches
+        from spark_nn.keras.callbacks import Report, Session, chosen
         from spark_nn.keras.resume import Keeper
         from spark_nn.keras.sync import Synchroniser
 
@@ -126,8 +126,7 @@ class KerasTrainer(Trainer):
         with _random_numbers_kept():
             if gang.rank == 0:
                 codec.check_loadable(model)
-        own = chosen(self.recipe.callbacks, gang, validation is not None)
-        watched = watch_batches(own)
+        own, watched = chosen(self.recipe.callbacks, gang, validation is not None)
         if not watched:
             self._pace(model, data.steps, gang.world)
         sync = Synchroniser(model, gang.collective, gang.rank, averager, nonFinite=self.schedule.nonFiniteLoss)
@@ -140,11 +139,18 @@ class KerasTrainer(Trainer):
         clock.append(time.monotonic())
         gang.progress.update(phase="trace")
         report = Report(gang.progress, self.schedule.epochs, data.steps, data.rows * gang.world, place)
-        session = Session([sync.callback(), feed.callback(), *own, report, keeper], model, watched=watched)
+        session = Session(
+            [sync.callback(), feed.callback(), *own, report, keeper],
+            model,
+            kept=own,
+            epochs=self.schedule.epochs,
+            steps=data.steps,
+            watched=watched,
+        )
         held = None if validation is None else Feed(validation, outputs=order)
         with sync.averaged_gradients(), feed.errors(), (held or feed).errors():
             for first, last, start in _parts(place, self.schedule.epochs):
-                with session.part(final=last == self.schedule.epochs):
+                with session.part(start=start, final=last == self.schedule.epochs):
                     model.fit(
                         feed.dataset(start),
                         initial_epoch=first,

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -191,6 +192,24 @@ def test_a_caller_that_hangs_up_has_its_process_killed_though_that_is_stopped(se
         child.send_signal(signal.SIGSTOP)
         sock.close()
         wait_for(lambda: not process.children(), 5, "end of the child")
+
+
+@pytest.mark.parametrize("token", [bytes(32), b"x", b""])
+def test_a_caller_without_the_token_gets_no_process(server, token):
+    made, _ = server
+    made.start()
+    process = the_process_of(made)
+    with socket.socket(socket.AF_UNIX) as sock, tempfile.TemporaryFile() as file:
+        sock.settimeout(10)
+        sock.connect(made.address)
+        if token:
+            socket.send_fds(sock, [token], [file.fileno(), file.fileno()])
+        assert sock.recv(1) == b""
+    assert process.children() == []
+    assert os.stat(f"{made.home}/spark_nn-token").st_mode & 0o777 == 0o600
+    # And the next one, who has it, gets one.
+    with tempfile.TemporaryFile() as log, made.call([log.fileno(), log.fileno()]):
+        wait_for(lambda: process.children(), 5, "child")
 
 
 def test_a_module_that_cannot_be_imported_beforehand_is_no_end(server):

@@ -202,7 +202,19 @@ def killed_once(mark, rank, step, *, early=True):
                 self.model.set_weights([weight * (1 + shift / 100) for weight in self.model.get_weights()])
 
         stop = keras.callbacks.EarlyStopping("val_loss", patience=2, min_delta=0.001, restore_best_weights=True)
+
+        class Warm(keras.callbacks.Callback):
+            """Acts when training begins, at a batch by its number, and by the number of all steps."""
+
+            def on_train_begin(self, logs=None):
+                self.model.optimizer.learning_rate = 0.04
+
+            def on_train_batch_end(self, batch, logs=None):
+                if batch in (4, self.params["steps"] - 2):
+                    self.model.optimizer.learning_rate = self.model.optimizer.learning_rate * 0.97
+
+        decay = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9)
         plateau = keras.callbacks.ReduceLROnPlateau("val_loss", patience=1, min_delta=10.0)
-        return [*([stop] if early else [stop, plateau]), Draw(), Kill()]
+        return [*([stop] if early else [stop, plateau, decay, Warm()]), Draw(), Kill()]
 
     return make

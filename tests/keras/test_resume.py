@@ -76,12 +76,24 @@ def test_callbacks_that_turn_the_rate_go_on_as_they_were(spark, store, tmp_path)
         made = disturbed(store, mark, 1, step, **settings, callbacks=callbacks, epochs=5, learningRate=0.05)
         return made.setLoss("binary_crossentropy").fit(df)
 
-    alone, again = fit(tmp_path / "none", -1), fit(tmp_path / "mark", 100)
-    assert len(again.summary.restarts) == 1
-    assert again.summary.history == alone.summary.history
-    assert bits(again) == bits(alone)
+    alone = fit(tmp_path / "none", -1)
+    for number, step in enumerate((92, 110)):  # beyond the first batches of an epoch, and of another one
+        again = fit(tmp_path / f"mark-{number}", step)
+        assert len(again.summary.restarts) == 1
+        assert again.summary.history == alone.summary.history
+        assert bits(again) == bits(alone)
     rates = alone.summary.history["learning_rate"]
     assert rates[0] > rates[-1]
+
+
+def test_callbacks_of_the_first_worker_alone_change_no_worker_s_pace(spark, store, tmp_path):
+    import keras
+
+    path = tmp_path / "best.keras"
+    callbacks = [keras.callbacks.ModelCheckpoint(str(path), monitor="loss", save_best_only=True)]
+    model = estimator(store, numWorkers=2, batchSize=8, callbacks=callbacks).fit(data(spark))
+    assert model.summary.epochs == 2
+    assert path.exists()
 
 
 def test_a_model_function_that_gives_another_model_is_told(spark, store, tmp_path):
