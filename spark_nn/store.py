@@ -35,7 +35,16 @@ TTL = 3600.0
 # Seconds between attempts at something that the store has refused.
 _PAUSES = (0.2, 1.0)
 # What another attempt does not change.
-_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
+_LASTING = {
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
 _ALIVE = "alive"
 _OURS = re.compile(r"(run|data)-[0-9a-f]{32}")
 _LOG = logging.getLogger(__name__)

@@ -133,7 +133,7 @@ def test_no_cache_changes_the_order_and_what_is_kept_is_not_read_again(tmp_path,
     for path in (tmp_path / "data").glob("*.parquet"):
         path.unlink()
     if cache["cache"] == "none":
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(StoreError, match="cannot read .*No such file"):
             labels(kept.epoch(1))
     else:
         assert [labels(kept.epoch(number)) for number in (1, 2)] == expected[1:]
