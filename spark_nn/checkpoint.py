@@ -94,7 +94,7 @@ class Checkpoints:
         self.gang = gang
         self.identity = {"world": gang.world, **identity}
         self.rhythm = _Fixed(interval) if interval is not None else _Clock(gang.collective)
-        self._run = RunDir(f"{attempt_folder(gang.run, gang.attempt)}/{FOLDER}")
+        self._run = self._folder(gang.attempt)
         self._written: list[str] = []
 
     def begin(self, done: int) -> None:
@@ -164,6 +164,9 @@ class Checkpoints:
         own = _unpacked(_unpacked(packed[0])[parts[self.gang.rank]].tobytes())
         return Checkpoint(Place(*place), state, arrays, own)
 
+    def _folder(self, attempt: int) -> RunDir:
+        return RunDir(f"{attempt_folder(self.gang.run, attempt).url}/{FOLDER}")
+
     def _write(self, name: str, place: Place, state: Mapping[str, Any], arrays: Arrays) -> None:
         local = self.gang.scratch / f"{name}.npz"
         try:
@@ -189,7 +192,7 @@ class Checkpoints:
 
     def _newest(self) -> tuple[dict[str, Any], Arrays] | None:
         for attempt in reversed(range(self.gang.attempt)):
-            run = RunDir(f"{attempt_folder(self.gang.run, attempt)}/{FOLDER}")
+            run = self._folder(attempt)
             for name in reversed([name for name in run.names("") if name.endswith(".json")]):
                 found = self._read(run, name.removesuffix(".json"))
                 if found is not None:

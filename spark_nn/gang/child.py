@@ -64,7 +64,7 @@ def _settle(order: dict[str, Any]) -> None:
 def _obey(sock: socket.socket, order: dict[str, Any], function: bytes, listener: socket.socket) -> None:
     """Run the function, and leave its result or its failure."""
     run, rank, host = RunDir(order["run"]), order["rank"], order["host"]
-    attempt = RunDir(attempt_folder(run, order["attempt"]))
+    attempt = attempt_folder(run, order["attempt"])
     progress = Reporter(attempt, rank)
     line = _Line(sock)
     threading.Thread(target=_leave_with, args=(sock,), daemon=True).start()

@@ -198,7 +198,7 @@ class Gang:
 
     def _attempt(self, task: GangTask, verbose: int) -> tuple[Any, dict[str, float]]:
         """What the function returned on rank 0, and the seconds before and after it."""
-        left = RunDir(attempt_folder(task.run, task.attempt))
+        left = attempt_folder(task.run, task.attempt)
         left.mkdir(FOLDER)
         submitted = time.time()
         try:

@@ -80,7 +80,7 @@ class GangTask:
         context = BarrierTaskContext.get()
         rank = context.partitionId()
         host = context.getTaskInfos()[rank].address.rsplit(":", 1)[0]
-        left = RunDir(attempt_folder(self.run, self.attempt))
+        left = attempt_folder(self.run, self.attempt)
         try:
             with listen(host) as listener:
                 address = listener.getsockname()[:2]
