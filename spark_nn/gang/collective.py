@@ -18,14 +18,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from spark_nn.errors import CollectiveError, OutOfStep, PeerLost
-from spark_nn.gang.shared import Shared
+from spark_nn.gang.shared import Shared, laid_out, room
 from spark_nn.gang.wire import (
     Address,
     Inlet,
@@ -51,6 +51,7 @@ _UFUNCS = {"sum": np.add, "mean": np.add, "max": np.maximum, "min": np.minimum}
 _BLOCK = 512 * 1024  # bytes that travel as one frame: many against the cost of a call, few against a cache
 _POWERS = {2**power for power in range(1, 17)}
 _SPIN = 2e-4  # seconds of looking again and again before sleeping: to be woken takes a core about as long
+_NAP = 2e-3  # seconds between two looks at what the others write, at most
 _GRACE = 0.25  # seconds that the news of a failure may lag behind its consequences
 
 
@@ -94,6 +95,18 @@ class Collective(ABC):
         """
 
     @abstractmethod
+    def mean(self, given: Sequence[NDArray[Any]], filled: Sequence[NDArray[Any]]) -> None:
+        """Average several arrays of one type over the ranks in one exchange.
+
+        Parameters
+        ----------
+        given : sequence of numpy.ndarray
+            What this rank gives: floats, the same type and sizes on all ranks.
+        filled : sequence of numpy.ndarray
+            Where the means go: as many arrays of the same sizes, perhaps the same ones; C-contiguous.
+        """
+
+    @abstractmethod
     def broadcast(self, buffer: NDArray[Any], root: int = 0) -> None:
         """Overwrite the buffer with the root's, in place."""
 
@@ -127,6 +140,11 @@ class Alone(Collective):
         """See `Collective.all_reduce`."""
         flat = _flat(buffer, op)
         np.copyto(flat, _given(flat, source))
+
+    def mean(self, given: Sequence[NDArray[Any]], filled: Sequence[NDArray[Any]]) -> None:
+        """See `Collective.mean`."""
+        for part, whole in zip(given, filled, strict=True):
+            self.all_reduce(whole, "mean", part)
 
     def broadcast(self, buffer: NDArray[Any], root: int = 0) -> None:
         """See `Collective.broadcast`."""
@@ -183,6 +201,7 @@ class Ring(Collective):
         self._inlet, self._outlet = Inlet(before), Outlet(after)  # the stream of data
         self._back_inlet, self._back_outlet = Inlet(after), Outlet(before)  # the small frames against it
         self._scratch = np.empty(_BLOCK, np.uint8)
+        self._pack: NDArray[Any] = np.empty(0)
         self._lock = threading.RLock()  # reentrant: a signal's handler may abort amid an operation
         self._place = (0, 0)
         self._position = Position()
@@ -233,7 +252,7 @@ class Ring(Collective):
         ring = cls(rank, addresses, before, after, timeout + 1, spin)
         try:
             ring.barrier()
-            ring._shared = Shared.form(rank, ring.world, _BLOCK, ring.all_gather)
+            ring._shared = Shared.form(rank, ring.world, _BLOCK, ring.all_gather, watch=spin)
         except BaseException:
             ring.close()
             raise
@@ -247,11 +266,12 @@ class Ring(Collective):
     def all_reduce(self, buffer: NDArray[Any], op: str = "sum", source: NDArray[Any] | None = None) -> None:
         """See `Collective.all_reduce`."""
         flat = _flat(buffer, op)
-        given = _given(flat, source)
-        reduce = self._reduce_whole if self.world * flat.nbytes <= _BLOCK else self._reduce_in_pieces
-        operation = self._operation(Operation.ALL_REDUCE, flat.nbytes, flat.dtype, _OPS.index(op))
-        with operation, np.errstate(all="ignore"):  # an overflow is the training's to judge
-            reduce(flat, op, given)
+        self._reduce([_given(flat, source)], op, [flat])
+
+    def mean(self, given: Sequence[NDArray[Any]], filled: Sequence[NDArray[Any]]) -> None:
+        """See `Collective.mean`."""
+        flats = [_flat(each, "mean") for each in filled]
+        self._reduce([_given(*both) for both in zip(flats, given, strict=True)], "mean", flats)
 
     def broadcast(self, buffer: NDArray[Any], root: int = 0) -> None:
         """See `Collective.broadcast`."""
@@ -338,32 +358,60 @@ class Ring(Collective):
         self._back_outlet.say(frame, patience)
         self._outlet.say(frame, patience)
 
-    def _reduce_whole(self, flat: NDArray[Any], op: str, given: NDArray[Any]) -> None:
-        """Take in everybody's buffer, then combine them in the order of ranks."""
-        if self._shared is None:
-            rows = list(self._scratch[: self.world * flat.nbytes].view(flat.dtype).reshape(self.world, flat.size))
-        else:
-            rows = self._shared.places(flat.dtype, flat.size)
-        # Halving is exact, and so may as well be done on the way.
-        halved = op == "mean" and self.world in _POWERS and flat.dtype.itemsize >= 4
-        if halved:
-            np.multiply(given, flat.dtype.type(1 / self.world), out=rows[self.rank])
-        else:
-            np.copyto(rows[self.rank], given)
-        shared = self._shared is not None
-        self._hand_round([memoryview(b"") if shared else _raw(row) for row in rows])
-        result = rows[0]
-        for row in rows[1:]:
-            result = _UFUNCS[op](result, row, out=flat)
-        if result is not flat:  # of a ring of one
-            np.copyto(flat, result)
-        if op == "mean" and not halved:
-            np.divide(flat, self.world, out=flat)
+    def _reduce(self, given: list[NDArray[Any]], op: str, flats: list[NDArray[Any]]) -> None:
+        """Combine the ranks' arrays into flat ones: small ones as a whole, others in pieces."""
+        dtype, sizes = flats[0].dtype, tuple([flat.size for flat in flats])
+        operation = self._operation(Operation.ALL_REDUCE, sum(sizes) * dtype.itemsize, dtype, _OPS.index(op))
+        with operation, np.errstate(all="ignore"):  # an overflow is the training's to judge
+            if self.world * room(dtype, sizes) <= _BLOCK:
+                self._reduce_whole(given, op, flats, sizes)
+                return
+            whole = flats[0] if len(flats) == 1 else self._packed(dtype, sum(sizes))
+            bounds = list(pairwise(accumulate(sizes, initial=0)))
+            for part, (start, stop) in zip(given, bounds, strict=True):
+                if part is not whole:
+                    np.copyto(whole[start:stop], part)
+            self._reduce_in_pieces(whole, op)
+            for flat, (start, stop) in zip(flats, bounds, strict=True):
+                if flat is not whole:
+                    np.copyto(flat, whole[start:stop])
 
-    def _reduce_in_pieces(self, flat: NDArray[Any], op: str, given: NDArray[Any]) -> None:
+    def _packed(self, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
+        """Memory to lay arrays end to end in: the same at every step, as fresh memory is slow."""
+        if self._pack.dtype != dtype or self._pack.size != size:
+            self._pack = np.empty(size, dtype)
+        return self._pack
+
+    def _reduce_whole(
+        self, given: list[NDArray[Any]], op: str, flats: list[NDArray[Any]], sizes: tuple[int, ...]
+    ) -> None:
+        """Take in everybody's arrays, then combine them in the order of ranks."""
+        shared, world, dtype = self._shared, self.world, flats[0].dtype
+        areas = self._scratch[: world * room(dtype, sizes)].reshape(world, -1)
+        rows = [laid_out(area, dtype, sizes) for area in areas] if shared is None else shared.places(dtype, sizes)
+        # Halving is exact, and so may as well be done on the way.
+        halved = op == "mean" and world in _POWERS and dtype.itemsize >= 4
+        share = dtype.type(1 / world) if halved else None
+        for part, mine in zip(given, rows[self.rank], strict=True):
+            if share is None:
+                np.copyto(mine, part)
+            else:
+                np.multiply(part, share, out=mine)
+        if shared is not None and shared.watched:
+            self._meet(shared)
+        else:
+            self._hand_round([memoryview(b"") if shared else area.data for area in areas])
+        for flat, first, *others in zip(flats, *rows, strict=True):
+            result = first
+            for other in others:
+                result = _UFUNCS[op](result, other, out=flat)
+            if result is not flat:  # of a ring of one
+                np.copyto(flat, result)
+            if op == "mean" and not halved:
+                np.divide(flat, world, out=flat)
+
+    def _reduce_in_pieces(self, flat: NDArray[Any], op: str) -> None:
         """Hand one piece per rank round twice: once to combine it, once to hand out the result."""
-        if given is not flat:
-            np.copyto(flat, given)
         bounds = [flat.size * rank // self.world for rank in range(self.world + 1)]
         hops = self._hops([_raw(flat[start:stop]) for start, stop in pairwise(bounds)], rounds=2)
         partial = sum(map(len, hops[1 : self.world - 1]))  # blocks that come and still lack some rank's share
@@ -378,6 +426,30 @@ class Ring(Collective):
         sends, receives = list(chain(*hops[:-1])), list(chain(*hops[1:]))
         folds = partial + len(hops[self.world - 1])
         self._exchange(sends, receives, lead=len(hops[0]), folds=folds, fold=fold)
+
+    def _meet(self, shared: Shared) -> None:
+        """Wait until all ranks have come, as the memory shows that they share: no frame is as fast."""
+        position = self._position.pack()
+        shared.arrive(position)
+        began = time.perf_counter()
+        while not shared.all_at(position):
+            if time.perf_counter() > began + _SPIN:
+                self._doze(shared, position, began)
+                return
+
+    def _doze(self, shared: Shared, position: bytes, began: float) -> None:
+        """Wait for one that is late, and leave the core to others; the ring brings bad news and signs of life."""
+        stray = None
+        while not shared.all_at(position):
+            time.sleep(min((time.perf_counter() - began) / 8, _NAP))
+            frames = self._listen(for_before=True, for_after=False, patience=0)
+            if shared.all_at(position):
+                return  # and what has come is for the next operation
+            if frames:
+                self._came(position, memoryview(b""))
+            before, stray = stray, shared.stray(position)
+            if stray is not None and stray == before:
+                raise self._out_of_step(f"rank {stray[0]}", stray[1])
 
     def _hand_round(self, pieces: Sequence[memoryview]) -> None:
         """Give every rank all pieces; each holds its own beforehand."""
@@ -441,6 +513,7 @@ class Ring(Collective):
 
     def _came(self, position: bytes, block: memoryview) -> bool:
         """Receive what has come, and say whether that was the rest of the block."""
+        read = self._inlet.read
         try:
             while self._inlet.head_came():
                 if self._inlet.head == header(Kind.BLOCK, position, len(block)):
@@ -450,6 +523,11 @@ class Ring(Collective):
             # Amid a block even a rank that knew why had no way to say so: the news comes by the other side.
             self._listen_back(patience=0 if self._inlet.between_frames else _GRACE)
             self._lose(self._before, error)
+        finally:
+            # The look at the sockets may have missed it: ranks that wait tell each other so at the same times, and then
+            # each frame comes between the look and the reading.
+            if self._inlet.read != read:
+                self._heard_before = time.monotonic()
         return False
 
     def _wait(self, for_before: bool, for_after: bool) -> None:
@@ -458,7 +536,13 @@ class Ring(Collective):
             raise CollectiveError(self._aborted)
         if self._spin and for_before and self._inlet.comes_within(self._spin):
             self._heard_before = time.monotonic()
-            return
+        else:
+            self._listen(for_before, for_after)
+
+    def _listen(self, for_before: bool, for_after: bool, patience: float = np.inf) -> bool:
+        """Wait so long for the neighbours; say whether the one before has sent something."""
+        if self._aborted:
+            raise CollectiveError(self._aborted)
         before, after = self._inlet.socket.fileno(), self._outlet.socket.fileno()
         poller, until = select.poll(), self._sign_due
         if not self._left:
@@ -469,7 +553,7 @@ class Ring(Collective):
         if for_before:  # else what has come already, for the next operation, would let nobody sleep
             poller.register(before, select.POLLIN)
             until = min(until, self._heard_before + self._timeout)
-        ready = dict(poller.poll(max(0.0, until - time.monotonic()) * 1000))
+        ready = dict(poller.poll(max(0.0, min(until - time.monotonic(), patience)) * 1000))
         now = time.monotonic()
         # No look is due later than a quarter of the limit after the one before. What is over it, this rank did not
         # run, and neither, perhaps, did the machine: only time in which it listened counts as a neighbour's silence.
@@ -491,6 +575,7 @@ class Ring(Collective):
             # The ranks that wait for this one must not take it for the one that all are waiting for.
             self._sign_due = now + self._timeout / 4
             self._say(header(Kind.WAITING, self._position.pack(), 0))
+        return before in ready
 
     def _listen_back(self, patience: float = 0) -> None:
         """Act on the small frames from the rank after this one, and wait a while for more."""
@@ -498,6 +583,7 @@ class Ring(Collective):
         try:
             while not self._left:
                 if self._back_inlet.head_came():
+                    self._heard_after = time.monotonic()
                     self._hear(self._back_inlet, self._after)
                 elif time.monotonic() >= until:
                     return
@@ -519,11 +605,14 @@ class Ring(Collective):
                 raise self._closed(who, theirs)
             self._left = theirs  # it has been in this operation to the end, and needs nothing more of this rank
         elif kind is Kind.BLOCK or (theirs.sequence == ours.sequence and theirs != ours):
-            raise OutOfStep(
-                f"{who} is at {_describe(theirs)}, and rank {self.rank} at {_describe(ours)}. "
-                "All ranks must make the same calls in the same order: look for unequal numbers of batches"
-            )
+            raise self._out_of_step(who, theirs)
         inlet.skip()
+
+    def _out_of_step(self, who: str, theirs: Position) -> OutOfStep:
+        return OutOfStep(
+            f"{who} is at {_describe(theirs)}, and rank {self.rank} at {_describe(self._position)}. "
+            "All ranks must make the same calls in the same order: look for unequal numbers of batches"
+        )
 
     def _closed(self, who: str, last: Position) -> PeerLost:
         here = f"rank {self.rank} is at {_describe(self._position)}"

@@ -1,7 +1,8 @@
 """Memory that the ranks of one machine share, for exchanges of small buffers.
 
-Through a socket a buffer is copied twice; here each rank writes its own where all others read it. Only the data goes
-this way: the ring's frames still tell who has written what, who is out of step and who is lost.
+Through a socket a buffer is copied twice, and a frame that says no more than "I have come" takes as long as adding up
+what a small network learns in a step. Here each rank writes its buffer where all others read it, and, where every rank
+has a core of its own to watch the memory from, what it has come for. The ring's frames still tell who is lost.
 
 The memory has no name. Rank 0 makes it, the others open it through its process, and it is gone with the last of them.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import platform
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spark_nn.gang.wire import Position
+
 _TOKEN = 32
-_LINE = 64
-_START = 4096  # where the places begin: vectors are slow across the borders of a cache's lines
+_LINE = 64  # bytes, of a processor's cache
+_PAGE = 4096
+# Where what one core has written, others see in the same order: there, who sees the mark sees what it stands for.
+_IN_ORDER = {"x86_64", "AMD64"}
 
 
 class Shared:
@@ -32,20 +38,28 @@ class Shared:
     ----------
     memory : mmap.mmap
         The same on all ranks.
-    world : int
-        How many they are.
+    rank, world : int
+        This rank, of how many.
     room : int
         Bytes that all their buffers may take together.
+    watched : bool
+        Whether ranks see in the memory who has come, by `arrive` and `all_at`; the same on all of them.
     """
 
-    def __init__(self, memory: mmap.mmap, world: int, room: int) -> None:
+    def __init__(self, memory: mmap.mmap, rank: int, world: int, room: int, watched: bool) -> None:
+        self.watched = watched
         self._memory = memory
+        self._rank = rank
         self._world = world
         self._step = _step(world, room)
         self._turn = 0
+        # Training asks for the same arrays at every step.
+        self._last: dict[int, tuple[tuple[np.dtype[Any], tuple[int, ...]], list[list[NDArray[Any]]]]] = {}
 
     @classmethod
-    def form(cls, rank: int, world: int, room: int, gather: Callable[[bytes], list[bytes]]) -> Shared | None:
+    def form(
+        cls, rank: int, world: int, room: int, gather: Callable[[bytes], list[bytes]], watch: bool = False
+    ) -> Shared | None:
         """Make and open the memory; None on all ranks where one of them cannot, being on another machine.
 
         Parameters
@@ -56,25 +70,80 @@ class Shared:
             Bytes that all buffers may take together.
         gather : callable
             Every rank's bytes from this one's, in the order of ranks.
+        watch : bool
+            Whether this rank can spare the time of its core to watch the memory.
         """
-        size = _START + 2 * world * _step(world, room)
+        size = _start(world) + 2 * world * _step(world, room)
         token = secrets.token_bytes(_TOKEN)
         made = _made(token, size) if rank == 0 else -1
         try:
             path, token = _offer(made, token, gather)
             memory = _opened(path, token, size)
             # Nobody closes what another still has to open, and all use it or none.
-            everybody = all(gather(b"" if memory is None else b"1"))
+            able = watch and platform.machine() in _IN_ORDER
+            answers = gather(b"" if memory is None else b"watch" if able else b"open")
         finally:
             if made >= 0:
                 os.close(made)
-        return cls(memory, world, room) if everybody and memory is not None else None
+        if memory is None or not all(answers):
+            return None
+        return cls(memory, rank, world, room, watched=set(answers) == {b"watch"})
 
-    def places(self, dtype: np.dtype[Any], size: int) -> list[NDArray[Any]]:
-        """Every rank's place for the next exchange of buffers of so many elements."""
+    def places(self, dtype: np.dtype[Any], sizes: tuple[int, ...]) -> list[list[NDArray[Any]]]:
+        """Every rank's place for the next exchange, in which lie arrays of so many elements."""
         self._turn = 1 - self._turn
-        start = _START + self._turn * self._world * self._step
-        return [np.frombuffer(self._memory, dtype, size, start + rank * self._step) for rank in range(self._world)]
+        last = self._last.get(self._turn)
+        if last is not None and last[0] == (dtype, sizes):
+            return last[1]
+        start = _start(self._world) + self._turn * self._world * self._step
+        areas = (np.frombuffer(self._memory, np.uint8, self._step, start + r * self._step) for r in range(self._world))
+        places = [laid_out(area, dtype, sizes) for area in areas]
+        self._last[self._turn] = (dtype, sizes), places
+        return places
+
+    def arrive(self, position: bytes) -> None:
+        """Let the others see that this rank has come, and has filled its place of this turn."""
+        start = self._line(self._rank)
+        self._memory[start : start + len(position)] = position
+
+    def all_at(self, position: bytes) -> bool:
+        """Whether all ranks have come to the same position."""
+        memory, length = self._memory, len(position)
+        for rank in range(self._world):
+            start = self._line(rank)
+            if memory[start : start + length] != position:
+                return False
+        return True
+
+    def stray(self, position: bytes) -> tuple[int, Position] | None:
+        """A rank that has come for something else, and what that is; to be looked at twice, as it may be writing."""
+        ours = Position.unpack(position)
+        for rank in range(self._world):
+            start = self._line(rank)
+            theirs = Position.unpack(self._memory[start : start + len(position)])
+            if theirs != ours and theirs.sequence >= ours.sequence:
+                return rank, theirs
+        return None
+
+    def _line(self, rank: int) -> int:
+        """Where a rank says that it has come; as the places, one for each turn."""
+        return _LINE * (1 + self._turn * self._world + rank)
+
+
+def room(dtype: np.dtype[Any], sizes: tuple[int, ...]) -> int:
+    """Bytes that arrays take one after the other, each from the start of a line on: there, vectors are fast."""
+    return sum(-(-size * dtype.itemsize // _LINE) * _LINE for size in sizes)
+
+
+def laid_out(area: NDArray[np.uint8], dtype: np.dtype[Any], sizes: tuple[int, ...]) -> list[NDArray[Any]]:
+    """The arrays of so many elements that lie in an area of `room` bytes."""
+    starts = [room(dtype, sizes[:number]) for number in range(len(sizes))]
+    return [area[start : start + size * dtype.itemsize].view(dtype) for start, size in zip(starts, sizes, strict=True)]
+
+
+def _start(world: int) -> int:
+    """Where the places begin, after the token and the ranks' lines."""
+    return -(-_LINE * (1 + 2 * world) // _PAGE) * _PAGE
 
 
 def _step(world: int, room: int) -> int:

@@ -92,6 +92,11 @@ class Position(NamedTuple):
         """Return the bytes that stand in a header."""
         return _POSITION.pack(*self)
 
+    @classmethod
+    def unpack(cls, packed: bytes | bytearray, start: int = 0) -> Position:
+        """Return the position that was packed there."""
+        return cls(*_POSITION.unpack_from(packed, start))
+
 
 def header(kind: Kind, position: bytes, length: int) -> bytes:
     """Return a frame's header: the kind, the length of what follows, the sender's packed position."""
@@ -115,6 +120,7 @@ class Inlet:
         self.socket = sock
         self.head = bytearray(_FRAME.size + _POSITION.size)
         self._room = memoryview(self.head)
+        self.read = 0  # bytes, in all
         self._filled = 0
         self._look = select.poll()
         self._look.register(sock, select.POLLIN)
@@ -138,7 +144,7 @@ class Inlet:
 
     def position(self) -> Position:
         """Return the position in the current header."""
-        return Position(*_POSITION.unpack_from(self.head, _FRAME.size))
+        return Position.unpack(self.head, _FRAME.size)
 
     def skip(self) -> None:
         """Go on to the next frame; the current one is a header alone."""
@@ -184,6 +190,7 @@ class Inlet:
         if not count:
             raise EOFError("closed the connection")
         self._filled += count
+        self.read += count
         return count == missing
 
 

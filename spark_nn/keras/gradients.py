@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from spark_nn.dataset.buffers import Areas
 from spark_nn.gang.collective import Collective
+from spark_nn.keras.kernel import Mapped
 
 
 class Averager:
@@ -26,8 +24,7 @@ class Averager:
 
     def __init__(self, collective: Collective) -> None:
         self.collective = collective
-        self._thread = threading.local()
-        self._areas: dict[int, Areas] = {}
+        self._mapped = Mapped(self._exchange)
 
     def average(self, grads: Sequence[Any]) -> list[Any]:
         """The gradients of the global batch: dense ones in one exchange, sparse ones one by one."""
@@ -40,10 +37,9 @@ class Averager:
         if dense:
             # Halves add up in single precision; doubles stay doubles.
             dtype = tf.float64 if any(grads[i].dtype == tf.float64 for i in dense) else tf.float32
-            flat = tf.concat([tf.cast(tf.reshape(grads[i], [-1]), dtype) for i in dense], axis=0)
-            mean = self._mean(flat)
-            for i, part in zip(dense, tf.split(mean, [tf.size(grads[i]) for i in dense]), strict=True):
-                result[i] = tf.cast(tf.reshape(part, tf.shape(grads[i])), grads[i].dtype)
+            means = self._means([tf.cast(grads[i], dtype) for i in dense])
+            for i, mean in zip(dense, means, strict=True):
+                result[i] = tf.cast(mean, grads[i].dtype)
                 result[i].set_shape(grads[i].shape)
         return result
 
@@ -52,10 +48,9 @@ class Averager:
         """Run the steps of a fit: what breaks the averaging is raised from the block as an error of the gang's."""
         yield
 
-    def _mean(self, flat: Any) -> Any:
-        mean = tf.numpy_function(self._exchange, [flat], flat.dtype)
-        mean.set_shape(flat.shape)
-        return mean
+    def _means(self, grads: list[Any]) -> list[Any]:
+        """The means over the ranks of gradients of the same type, float32 or float64."""
+        return self._mapped(grads)
 
     def _gather(self, grad: tf.IndexedSlices) -> tf.IndexedSlices:
         indices, values = tf.numpy_function(
@@ -65,18 +60,8 @@ class Averager:
         values.set_shape([None, *grad.values.shape[1:]])
         return tf.IndexedSlices(values, tf.cast(indices, grad.indices.dtype), grad.dense_shape)
 
-    def _exchange(self, flat: np.ndarray) -> np.ndarray:
-        if not hasattr(self._thread, "kept"):
-            # Else the interpreter would make itself a state of TensorFlow's thread, and drop it, at every step.
-            ctypes.pythonapi.PyGILState_Ensure()
-            self._thread.kept = True
-        # Of its own, as the argument may share memory with a tensor that others still read.
-        if flat.nbytes not in self._areas:
-            self._areas[flat.nbytes] = Areas(flat.nbytes)
-        area, skip = self._areas[flat.nbytes].take()
-        mean: np.ndarray = np.ndarray(flat.shape, flat.dtype, area, skip)
-        self.collective.all_reduce(mean, "mean", flat)
-        return mean
+    def _exchange(self, given: list[np.ndarray], filled: list[np.ndarray]) -> None:
+        self.collective.mean(given, filled)
 
     def _gather_rows(self, indices: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         every_index = self.collective.all_gather(indices.tobytes())

@@ -163,6 +163,12 @@ class NativeAverager(Averager):
         with _judged(self.collective):
             yield
 
+    def _means(self, grads: list[Any]) -> list[Any]:
+        # One exchange, whatever the number of layers.
+        flat = tf.concat([tf.reshape(grad, [-1]) for grad in grads], axis=0)
+        parts = tf.split(self._mean(flat), [tf.size(grad) for grad in grads])
+        return [tf.reshape(part, tf.shape(grad)) for part, grad in zip(parts, grads, strict=True)]
+
     def _mean(self, flat: Any) -> Any:
         number = self._number.assign_add(1)
         with tf.device(self._device):

@@ -30,8 +30,18 @@ LARGE = [*zip(FLOATS, ("sum", "mean", "max"), strict=True), *zip(INTS, ("min", "
 FOLD = {"sum": np.add.reduce, "mean": np.add.reduce, "max": np.maximum.reduce, "min": np.minimum.reduce}
 
 
+@pytest.fixture(params=[False, True], ids=["frames", "watched"])
+def spin(request, monkeypatch):
+    """Whether small buffers are announced by the ring's frames or in the memory that the ranks watch."""
+    monkeypatch.setattr(Gang, "spin", request.param)
+    monkeypatch.setattr(Processes, "spin", request.param)
+    return request.param
+
+
 class Gang:
     """The ranks of one ring, each in a thread of this process."""
+
+    spin = False
 
     def __init__(self, world, timeout=20.0):
         self.world = world
@@ -41,7 +51,12 @@ class Gang:
         self.rings = list(
             self.threads.map(
                 lambda rank: Ring.connect(
-                    rank=rank, addresses=addresses, listener=listeners[rank], secret=SECRET, timeout=timeout
+                    rank=rank,
+                    addresses=addresses,
+                    listener=listeners[rank],
+                    secret=SECRET,
+                    timeout=timeout,
+                    spin=self.spin,
                 ),
                 range(world),
             )
@@ -127,6 +142,7 @@ def test_sockets_that_take_little_at_a_time_do_not_block_the_ring(monkeypatch, w
         check_reduced(gang, [numbers(rank, 200_000, "float32") for rank in range(world)], "mean")
 
 
+@pytest.mark.usefixtures("spin")
 @pytest.mark.parametrize("size", [10, 1_000_000])
 @pytest.mark.parametrize("world", [2, 3])
 def test_nan_infinity_and_signed_zero_pass_through_with_the_same_bits(world, size):
@@ -162,13 +178,13 @@ def test_any_number_of_blocks_and_pieces_reduces_right(gangs, world, size, dtype
 
 @pytest.mark.parametrize("op", ["sum", "mean", "max"])
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_memory_that_is_shared_changes_no_bit(monkeypatch, world, op):
+def test_memory_that_is_shared_changes_no_bit(monkeypatch, spin, world, op):
     draws = [np.random.default_rng(rank).standard_normal(5000).astype(np.float32) for rank in range(world)]
 
     def reduce(gang):
         def work(ring):
             results = []
-            for size in (5000, 1, 0, 4999, 7):  # places are used again, by longer and shorter buffers
+            for size in (5000, 1, 0, 4999, 7, 7, 7):  # places are used again, by longer and shorter buffers
                 given = draws[ring.rank][:size].copy()
                 given.flags.writeable = False
                 buffer = np.full(size, np.nan, np.float32)
@@ -179,13 +195,97 @@ def test_memory_that_is_shared_changes_no_bit(monkeypatch, world, op):
         return gang.run(work)
 
     with Gang(world) as gang:
-        assert all(ring._shared is not None for ring in gang.rings)
+        assert all(ring._shared.watched == spin for ring in gang.rings)
         shared = reduce(gang)
     monkeypatch.delattr(os, "memfd_create")
     with Gang(world) as gang:
         assert all(ring._shared is None for ring in gang.rings)
         assert reduce(gang) == shared
     assert len({tuple(each) for each in shared}) == 1
+
+
+@pytest.mark.usefixtures("spin")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("sizes", [(3,), (0, 17, 1, 300), (5, 400_000, 1, 70_000)])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_mean_of_several_arrays_is_that_of_each(world, sizes, dtype):
+    parts = [[numbers(10 * rank + size, size, dtype) for size in sizes] for rank in range(world)]
+
+    def work(ring):
+        own = [part.copy() for part in parts[ring.rank]]
+        filled = [own[0], *(np.empty(size, dtype) for size in sizes[1:])]  # some in place, and some not
+        for _ in range(3):
+            own[0][:] = parts[ring.rank][0]
+            ring.mean(own, filled)
+        for kept, part in zip(own[1:], parts[ring.rank][1:], strict=True):
+            assert_array_equal(kept, part)
+        return filled
+
+    def one_by_one(ring):
+        own = [part.copy() for part in parts[ring.rank]]
+        for part in own:
+            ring.all_reduce(part, "mean")
+        return own
+
+    with Gang(world) as gang:
+        together, apart = gang.run(work), gang.run(one_by_one)
+    exact = world < 3  # the order of adding up goes by where a piece ends
+    for rank in range(world):
+        for found, same, number in zip(together[rank], apart[rank], range(len(sizes)), strict=True):
+            expected = np.mean([part[number] for part in parts], axis=0, dtype=np.float64)
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+            assert found.tobytes() == together[0][number].tobytes()
+            if exact:
+                assert found.tobytes() == same.tobytes()
+
+
+def test_arrays_that_do_not_fit_each_other_are_refused_and_break_nothing():
+    with Gang(2) as gang:
+        for given, filled in [
+            ([np.zeros(3)], [np.zeros(4)]),
+            ([np.zeros(3), np.zeros(3)], [np.zeros(3)]),
+            ([np.zeros(3, "i4")], [np.zeros(3, "i4")]),
+        ]:
+            with pytest.raises(ValueError, match="source holds|longer|mean of int32"):
+                gang.rings[0].mean(given, filled)
+        assert gang.run(lambda ring: ring.barrier()) == [None, None]
+
+
+def test_memory_is_watched_by_all_ranks_or_none(monkeypatch):
+    """A rank that has no core of its own to watch from makes all of them announce themselves by frames."""
+    connect = Ring.connect
+    monkeypatch.setattr(Ring, "connect", lambda rank, **rest: connect(rank=rank, **rest | {"spin": rank != 1}))
+    with Gang(3) as gang:
+        assert [ring._shared.watched for ring in gang.rings] == [False] * 3
+        assert gang.run(lambda ring: ring.all_reduce(np.ones(3))) == [None] * 3
+
+
+def test_memory_is_not_watched_where_writes_may_overtake_each_other(monkeypatch):
+    monkeypatch.setattr(shared.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(Gang, "spin", True)
+    with Gang(2) as gang:
+        assert [ring._shared.watched for ring in gang.rings] == [False] * 2
+        assert gang.run(lambda ring: ring.all_reduce(np.ones(3))) == [None] * 2
+
+
+@pytest.mark.parametrize("late", [1e-4, 1e-3, 0.02, 0.3])
+def test_who_comes_late_is_seen_in_the_memory_too(monkeypatch, late):
+    monkeypatch.setattr(Gang, "spin", True)
+
+    def work(ring):
+        totals = []
+        for step in range(6):
+            if step % 3 == ring.rank:
+                time.sleep(late)
+            buffer = np.full(9, 10.0**ring.rank * (step + 1))
+            ring.all_reduce(buffer)
+            if step == 3:
+                ring.barrier()  # frames come on the heels of what the memory showed
+            totals.append(buffer[0])
+        return totals
+
+    with Gang(3) as gang:
+        assert gang.run(work) == [[111.0 * (step + 1) for step in range(6)]] * 3
 
 
 def test_memory_is_not_shared_where_one_rank_cannot_open_it(monkeypatch):
@@ -260,6 +360,7 @@ def test_nobody_leaves_a_barrier_before_all_have_come():
         assert gang.run(come) == [3, 3, 3]
 
 
+@pytest.mark.usefixtures("spin")
 def test_operations_of_all_kinds_follow_each_other():
     def work(ring):
         for step in range(50):
@@ -275,6 +376,7 @@ def test_operations_of_all_kinds_follow_each_other():
         assert gang.run(work) == [0, 1, 2]
 
 
+@pytest.mark.usefixtures("spin")
 def test_calls_from_several_threads_take_turns():
     def work(ring):
         def many():
@@ -349,10 +451,12 @@ MISMATCHES = {
         ("broadcast", "barrier"),
     ),
     "roots": (lambda ring: ring.broadcast(np.zeros(3), 1 - ring.rank), ("from rank 1", "from rank 0")),
+    "ways": (lambda ring: ring.barrier() if ring.rank else ring.all_reduce(np.zeros(3)), ("all_reduce", "barrier")),
     "steps": (mark_then_reduce, ("epoch 2, step 40", "epoch 2, step 41")),
 }
 
 
+@pytest.mark.usefixtures("spin")
 @pytest.mark.parametrize("what", MISMATCHES)
 def test_ranks_out_of_step_are_told_on_both_sides(what):
     work, found = MISMATCHES[what]
@@ -365,6 +469,7 @@ def test_ranks_out_of_step_are_told_on_both_sides(what):
         check_all(again, OutOfStep, "")
 
 
+@pytest.mark.usefixtures("spin")
 def test_data_of_different_calls_is_never_mixed():
     buffers = [np.full(10 + rank, rank + 1.0) for rank in range(2)]
     with Gang(2) as gang:
@@ -373,12 +478,14 @@ def test_data_of_different_calls_is_never_mixed():
         assert_array_equal(buffer, np.full(10 + rank, rank + 1.0))
 
 
+@pytest.mark.usefixtures("spin")
 def test_all_ranks_learn_that_two_are_out_of_step():
     with Gang(5) as gang:
         results = gang.run(lambda ring: ring.all_reduce(np.zeros(10 + (ring.rank == 2))))
     check_all(results, OutOfStep, "80 bytes.*88 bytes|88 bytes.*80 bytes")
 
 
+@pytest.mark.usefixtures("spin")
 def test_one_batch_too_many_is_an_error_even_between_equal_calls():
     def train(ring):
         for step in range(3 + (ring.rank == 1)):
@@ -394,6 +501,7 @@ def test_one_batch_too_many_is_an_error_even_between_equal_calls():
 # ---------------------------------------------------------------- ranks that fail or leave
 
 
+@pytest.mark.usefixtures("spin")
 @pytest.mark.parametrize("size", [10, 3_000_000])
 @pytest.mark.parametrize("world", [2, 5])
 def test_the_reason_of_an_abort_reaches_every_rank(world, size):
@@ -444,6 +552,7 @@ def test_a_failure_within_an_operation_is_an_abort_as_well(monkeypatch):
     check_all([again], CollectiveError, "rank 1 failed: ZeroDivisionError")
 
 
+@pytest.mark.usefixtures("spin")
 def test_closing_too_early_is_told_from_dying():
     def work(ring):
         ring.barrier()
@@ -458,6 +567,7 @@ def test_closing_too_early_is_told_from_dying():
     check_all(results, PeerLost, "rank 1 .*closed in good order after barrier .*operation 6")
 
 
+@pytest.mark.usefixtures("spin")
 @pytest.mark.parametrize("room", [4096, 1 << 20])
 def test_closing_at_once_after_the_last_operation_harms_nobody(monkeypatch, room):
     monkeypatch.setattr(wire, "_SEND_BUFFER", room)
@@ -476,6 +586,7 @@ def test_closing_at_once_after_the_last_operation_harms_nobody(monkeypatch, room
             check_all(gang.run(lambda ring: ring.barrier()), CollectiveError, "has closed its ring")
 
 
+@pytest.mark.usefixtures("spin")
 def test_a_rank_that_waits_is_not_taken_for_the_one_waited_for():
     """Rank 0 stays away; rank 2, next to rank 1 which waits for rank 0, must not suspect rank 1."""
     with Gang(4, timeout=3) as gang:
@@ -483,12 +594,14 @@ def test_a_rank_that_waits_is_not_taken_for_the_one_waited_for():
     check_all(results[1:], PeerLost, "rank 0 .*kept silent for 3 s")
 
 
+@pytest.mark.usefixtures("spin")
 def test_time_in_which_the_machine_stood_still_is_nobodys_silence(monkeypatch):
     """Rank 0 comes after a second, in which the clock jumps by more than the limit for all ranks."""
     jumped = threading.Event()
 
     class Clock:
         sleep = staticmethod(time.sleep)
+        perf_counter = staticmethod(time.perf_counter)
 
         @staticmethod
         def monotonic():
@@ -509,9 +622,9 @@ def test_time_in_which_the_machine_stood_still_is_nobodys_silence(monkeypatch):
 # ---------------------------------------------------------------- real processes that die
 
 
-def member(rank, addresses, listener, timeout, size, pipe):
+def member(rank, addresses, listener, timeout, spin, size, pipe):
     """Reduce for ever; report the first exchange, then the error that ended it."""
-    ring = Ring.connect(rank=rank, addresses=addresses, listener=listener, secret=SECRET, timeout=timeout)
+    ring = Ring.connect(rank=rank, addresses=addresses, listener=listener, secret=SECRET, timeout=timeout, spin=spin)
     buffer = np.zeros(size, np.float32)
     with suppress(EOFError):
         pipe.send("ready")
@@ -528,6 +641,8 @@ def member(rank, addresses, listener, timeout, size, pipe):
 class Processes:
     """The ranks of one ring, each in a process of its own, reducing for ever."""
 
+    spin = False
+
     def __init__(self, world, size, timeout=20.0):
         context = multiprocessing.get_context("spawn")
         listeners = [listen(LOOPBACK) for _ in range(world)]
@@ -535,7 +650,7 @@ class Processes:
         self.pipes, self.processes = [], []
         for rank, listener in enumerate(listeners):
             ours, theirs = context.Pipe()
-            args = (rank, addresses, listener, timeout, size, theirs)
+            args = (rank, addresses, listener, timeout, self.spin, size, theirs)
             process = context.Process(target=member, args=args, daemon=True)
             process.start()
             listener.close()
@@ -569,6 +684,7 @@ class Processes:
         return errors
 
 
+@pytest.mark.usefixtures("spin")
 @pytest.mark.parametrize("size", [100, 2_000_000])
 def test_all_ranks_learn_within_two_seconds_who_was_killed(size):
     with Processes(4, size) as ring:
@@ -579,6 +695,7 @@ def test_all_ranks_learn_within_two_seconds_who_was_killed(size):
         assert re.fullmatch(r"rank 2 \(127\.0\.0\.1:\d+\) closed its connection", text)
 
 
+@pytest.mark.usefixtures("spin")
 @pytest.mark.parametrize("size", [100, 2_000_000])
 def test_all_ranks_learn_within_the_timeout_who_keeps_silent(size):
     with Processes(4, size, timeout=2) as ring:

@@ -1,0 +1,217 @@
+"""Worker side: operations of TensorFlow's graph whose work is a Python function, at little more than its own cost.
+
+``tf.numpy_function`` takes and gives objects of its own, and copies where a result is not laid out as it wants: a tenth
+of the step of a small network. So TensorFlow's interface for kernels in C [1]_ is called, which its shared library
+offers to plug-ins; ``ctypes`` reaches it, and no compiler is needed. The function gets the tensors' own memory, and
+mostly fills the one that it reads from. Where there is no such interface, ``tf.numpy_function`` does the same.
+
+References
+----------
+.. [1] ``tensorflow/c/kernels.h`` and ``tensorflow/c/ops.h``, in the ``include`` folder of TensorFlow's package.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import logging
+import math
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, byref, c_bool, c_char_p, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+# What the arrays hold that are read, and those that are to be filled: one dimension each, perhaps of the same memory.
+Work = Callable[[list[np.ndarray], list[np.ndarray]], None]
+
+_logger = logging.getLogger(__name__)
+_OP = "SparkNNMapped"
+_UNKNOWN = 2  # TensorFlow's code for errors that have no other
+_CREATE = ctypes.CFUNCTYPE(c_void_p, c_void_p)
+_COMPUTE = ctypes.CFUNCTYPE(None, c_void_p, c_void_p)
+_DELETE = ctypes.CFUNCTYPE(None, c_void_p)
+_CALLS: dict[str, tuple[Any, ...]] = {  # what each function returns, and what it takes
+    "TF_NewStatus": (c_void_p,),
+    "TF_SetStatus": (None, c_void_p, c_int, c_char_p),
+    "TF_GetCode": (c_int, c_void_p),
+    "TF_Message": (c_char_p, c_void_p),
+    "TF_NewOpDefinitionBuilder": (c_void_p, c_char_p),
+    "TF_OpDefinitionBuilderAddAttr": (None, c_void_p, c_char_p),
+    "TF_OpDefinitionBuilderAddInput": (None, c_void_p, c_char_p),
+    "TF_OpDefinitionBuilderAddOutput": (None, c_void_p, c_char_p),
+    "TF_OpDefinitionBuilderSetIsStateful": (None, c_void_p, c_bool),
+    "TF_RegisterOpDefinition": (None, c_void_p, c_void_p),
+    "TF_NewKernelBuilder": (c_void_p, c_char_p, c_char_p, _CREATE, _COMPUTE, _DELETE),
+    "TF_RegisterKernelBuilder": (None, c_char_p, c_void_p, c_void_p),
+    "TF_OpKernelConstruction_GetAttrInt64": (None, c_void_p, c_char_p, POINTER(c_int64), c_void_p),
+    "TF_OpKernelContext_Failure": (None, c_void_p, c_void_p),
+    "TF_ForwardInputOrAllocateOutput": (
+        *(c_void_p, c_void_p, POINTER(c_int), c_int, c_int),
+        *(POINTER(c_int64), c_int, POINTER(c_int), c_void_p),
+    ),
+    "TF_GetInput": (None, c_void_p, c_int, POINTER(c_void_p), c_void_p),
+    "TF_TensorData": (c_void_p, c_void_p),
+    "TF_DeleteTensor": (None, c_void_p),
+}
+
+
+class Mapped:
+    """A function as an operation: tensors in, as many of the same shapes and type out.
+
+    Parameters
+    ----------
+    work : callable
+        Gets the tensors' values as two lists of arrays of one dimension, and fills the second from the first.
+        What it raises ends the step with an error of TensorFlow's that holds the traceback.
+    """
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._places: list[_Place] = []  # held here, and only looked up by the kernels
+
+    def __call__(self, tensors: Sequence[Any]) -> list[Any]:
+        """Add the operation to the graph; all tensors are of the same type, float32 or float64."""
+        if tf.executing_eagerly():
+            return [tf.convert_to_tensor(array) for array in self._copied(*(each.numpy() for each in tensors))]
+        kernels = _kernels() if all(each.shape.is_fully_defined() for each in tensors) else None
+        if kernels is None:
+            results = tf.numpy_function(self._copied, list(tensors), [each.dtype for each in tensors])
+        else:
+            place = _Place(self._work, tensors[0].dtype.as_numpy_dtype, [tuple(each.shape) for each in tensors])
+            self._places.append(place)
+            results = kernels.placed(place, tensors)
+        for result, tensor in zip(results, tensors, strict=True):
+            result.set_shape(tensor.shape)
+        return list(results)
+
+    def _copied(self, *given: np.ndarray) -> list[np.ndarray]:
+        filled = [np.empty_like(each, order="C") for each in given]
+        self._work([each.reshape(-1) for each in given], [each.reshape(-1) for each in filled])
+        return filled
+
+
+class _Place:
+    """What the kernel needs to know at one place of a graph."""
+
+    def __init__(self, work: Work, dtype: Any, shapes: Sequence[tuple[int, ...]]) -> None:
+        self.work = work
+        self.dtype = np.dtype(dtype)
+        nbytes = [math.prod(shape) * self.dtype.itemsize for shape in shapes]
+        self.memories = [ctypes.c_char * each for each in nbytes]
+        self.dims = [(c_int64 * len(shape))(*shape) for shape in shapes]
+        self.same = [(c_int * 1)(number) for number in range(len(shapes))]
+
+
+class _Thread(threading.local):
+    """What a thread of TensorFlow's that runs kernels keeps from one to the next."""
+
+    def __init__(self) -> None:
+        # Else the interpreter would make itself a state of the thread, and drop it, at every step.
+        ctypes.pythonapi.PyGILState_Ensure()
+        self.status: Any = None
+        self.tensor = c_void_p()
+        self.forwarded = c_int()
+
+
+class _Kernels:
+    """The operation and its kernel, registered once in a process."""
+
+    def __init__(self, library: ctypes.PyDLL) -> None:
+        for name, (returned, *taken) in _CALLS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = returned, taken
+        self._library = library
+        self._numbers = itertools.count(1)
+        self._places: weakref.WeakValueDictionary[int, _Place] = weakref.WeakValueDictionary()
+        self._thread = _Thread()
+        # TensorFlow calls them for as long as the process lives.
+        self._callbacks = (_CREATE(self._create), _COMPUTE(self._compute), _DELETE(lambda _: None))
+        self._register()
+
+    def placed(self, place: _Place, tensors: Sequence[Any]) -> list[Any]:
+        """Add the operation to the graph that is being built."""
+        number = next(self._numbers)
+        self._places[number] = place
+        graph = tf.compat.v1.get_default_graph()
+        value = tf.compat.v1.AttrValue
+        attributes = {"N": value(i=len(tensors)), "place": value(i=number)}
+        return list(graph.create_op(_OP, list(tensors), [each.dtype for each in tensors], attrs=attributes).outputs)
+
+    def _register(self) -> None:
+        library, status = self._library, self._library.TF_NewStatus()
+        op = library.TF_NewOpDefinitionBuilder(_OP.encode())
+        for attribute in (b"N: int >= 1", b"T: {float, double}", b"place: int"):
+            library.TF_OpDefinitionBuilderAddAttr(op, attribute)
+        library.TF_OpDefinitionBuilderAddInput(op, b"given: N * T")
+        library.TF_OpDefinitionBuilderAddOutput(op, b"filled: N * T")
+        library.TF_OpDefinitionBuilderSetIsStateful(op, True)  # never left out, nor done once for several
+        library.TF_RegisterOpDefinition(op, status)
+        self._check(status)
+        kernel = library.TF_NewKernelBuilder(_OP.encode(), b"CPU", *self._callbacks)
+        library.TF_RegisterKernelBuilder(_OP.encode(), kernel, status)
+        self._check(status)
+
+    def _create(self, construction: int) -> int:
+        number = c_int64()
+        status = self._library.TF_NewStatus()
+        self._library.TF_OpKernelConstruction_GetAttrInt64(construction, b"place", byref(number), status)
+        return number.value
+
+    def _compute(self, number: int, context: int) -> None:
+        library, thread = self._library, self._thread
+        thread.status = thread.status or library.TF_NewStatus()
+        tensors: list[int] = []
+        try:
+            given, filled = self._arrays(self._places[number], context, tensors)
+            self._places[number].work(given, filled)
+        except BaseException:  # noqa: BLE001  (who called knows nothing of Python: it is told below)
+            library.TF_SetStatus(thread.status, _UNKNOWN, traceback.format_exc().encode())
+            library.TF_OpKernelContext_Failure(context, thread.status)
+        finally:
+            for tensor in tensors:
+                library.TF_DeleteTensor(tensor)
+
+    def _arrays(self, place: _Place, context: int, tensors: list[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """The memory of the inputs, and that of the outputs, which is the same where nobody else needs the input."""
+        library, thread = self._library, self._thread
+        given, filled = [], []
+        for number, memory in enumerate(place.memories):
+            dims = place.dims[number]
+            output = library.TF_ForwardInputOrAllocateOutput(
+                *(context, place.same[number], 1, number, dims, len(dims), byref(thread.forwarded), thread.status)
+            )
+            self._check(thread.status)
+            tensors.append(output)
+            to = np.frombuffer(memory.from_address(library.TF_TensorData(output) or 0), place.dtype)
+            filled.append(to)
+            if thread.forwarded.value == number:
+                given.append(to)
+                continue
+            library.TF_GetInput(context, number, byref(thread.tensor), thread.status)
+            self._check(thread.status)
+            tensors.append(thread.tensor.value or 0)
+            source = memory.from_address(library.TF_TensorData(thread.tensor) or 0)
+            given.append(np.frombuffer(source, place.dtype))
+        return given, filled
+
+    def _check(self, status: int) -> None:
+        if self._library.TF_GetCode(status):
+            raise RuntimeError(f"TensorFlow's interface for kernels: {self._library.TF_Message(status).decode()}")
+
+
+@functools.cache
+def _kernels() -> _Kernels | None:
+    """Registers the operation; None where TensorFlow does not offer what that takes."""
+    libraries = sorted(Path(tf.sysconfig.get_lib()).glob("libtensorflow_framework.*"))
+    try:
+        return _Kernels(ctypes.PyDLL(str(libraries[0])))  # which, unlike CDLL, keeps the interpreter's lock
+    except (IndexError, OSError, AttributeError, RuntimeError) as error:
+        _logger.info("gradients pass through tf.numpy_function, which is slower: %s", error)
+        return None
