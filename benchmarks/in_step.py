@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from peers import FEATURES, show, together
 
-from spark_nn.gang.collective import Collective, Ring, listen
+from spark_nn.gang.collective import Collective
+from spark_nn.gang.ring import Ring, listen
 from spark_nn.gang.worker import child_environment
 
 ALONE = "one worker, one core"

@@ -23,11 +23,12 @@ import cloudpickle
 import numpy as np
 
 from spark_nn.errors import PeerLost
-from spark_nn.gang.collective import Alone, Collective, Ring
+from spark_nn.gang.collective import Alone, Collective
 from spark_nn.gang.context import RESULT, GangContext, attempt_folder
 from spark_nn.gang.failure import Failure
 from spark_nn.gang.forkserver import die_with_parent, name_process
 from spark_nn.gang.progress import Reporter
+from spark_nn.gang.ring import Ring
 from spark_nn.store import RunDir
 
 # Seconds between two signs of life, at most.

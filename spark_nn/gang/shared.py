@@ -9,6 +9,7 @@ The memory has no name. Rank 0 makes it, the others open it through its process,
 
 from __future__ import annotations
 
+import functools
 import mmap
 import os
 import platform
@@ -130,6 +131,7 @@ class Shared:
         return _LINE * (1 + self._turn * self._world + rank)
 
 
+@functools.lru_cache(maxsize=64)  # training asks for the same at every step
 def room(dtype: np.dtype[Any], sizes: tuple[int, ...]) -> int:
     """Bytes that arrays take one after the other, each from the start of a line on: there, vectors are fast."""
     return sum(-(-size * dtype.itemsize // _LINE) * _LINE for size in sizes)

@@ -30,11 +30,11 @@ import pyarrow as pa
 from pyspark import BarrierTaskContext, SparkFiles, TaskContext
 
 from spark_nn.errors import ClusterError, PeerLost, StoreError
-from spark_nn.gang.collective import listen
 from spark_nn.gang.context import CARDS, attempt_folder
 from spark_nn.gang.failure import Failure
 from spark_nn.gang.forkserver import ForkServer, scratch_folder
 from spark_nn.gang.process import Silence, started
+from spark_nn.gang.ring import listen
 from spark_nn.store import RunDir
 
 # What must be alike on all ranks for them to train one model.

@@ -103,10 +103,12 @@ class _Place:
     def __init__(self, work: Work, dtype: Any, shapes: Sequence[tuple[int, ...]]) -> None:
         self.work = work
         self.dtype = np.dtype(dtype)
-        nbytes = [math.prod(shape) * self.dtype.itemsize for shape in shapes]
-        self.memories = [ctypes.c_char * each for each in nbytes]
-        self.dims = [(c_int64 * len(shape))(*shape) for shape in shapes]
-        self.same = [(c_int * 1)(number) for number in range(len(shapes))]
+        self.tensors = [
+            # Their memory, which of the inputs may give it, and their shape.
+            (ctypes.c_char * (math.prod(shape) * self.dtype.itemsize), (c_int * 1)(number), shaped(*shape), len(shape))
+            for number, shape in enumerate(shapes)
+            for shaped in [c_int64 * len(shape)]
+        ]
 
 
 class _Thread(threading.local):
@@ -116,7 +118,6 @@ class _Thread(threading.local):
         # Else the interpreter would make itself a state of the thread, and drop it, at every step.
         ctypes.pythonapi.PyGILState_Ensure()
         self.status: Any = None
-        self.tensor = c_void_p()
         self.forwarded = c_int()
 
 
@@ -169,8 +170,8 @@ class _Kernels:
         thread.status = thread.status or library.TF_NewStatus()
         tensors: list[int] = []
         try:
-            given, filled = self._arrays(self._places[number], context, tensors)
-            self._places[number].work(given, filled)
+            place = self._places[number]
+            place.work(*self._arrays(place, context, tensors))
         except BaseException:  # noqa: BLE001  (who called knows nothing of Python: it is told below)
             library.TF_SetStatus(thread.status, _UNKNOWN, traceback.format_exc().encode())
             library.TF_OpKernelContext_Failure(context, thread.status)
@@ -180,25 +181,25 @@ class _Kernels:
 
     def _arrays(self, place: _Place, context: int, tensors: list[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """The memory of the inputs, and that of the outputs, which is the same where nobody else needs the input."""
-        library, thread = self._library, self._thread
+        library, status, forwarded = self._library, self._thread.status, self._thread.forwarded
+        forward, data = library.TF_ForwardInputOrAllocateOutput, library.TF_TensorData
+        frombuffer, dtype = np.frombuffer, place.dtype
         given, filled = [], []
-        for number, memory in enumerate(place.memories):
-            dims = place.dims[number]
-            output = library.TF_ForwardInputOrAllocateOutput(
-                *(context, place.same[number], 1, number, dims, len(dims), byref(thread.forwarded), thread.status)
-            )
-            self._check(thread.status)
+        for number, (memory, same, dims, rank) in enumerate(place.tensors):
+            output = forward(context, same, 1, number, dims, rank, byref(forwarded), status)
+            if output is None:
+                self._check(status)
             tensors.append(output)
-            to = np.frombuffer(memory.from_address(library.TF_TensorData(output) or 0), place.dtype)
+            to = frombuffer(memory.from_address(data(output) or 0), dtype)
             filled.append(to)
-            if thread.forwarded.value == number:
+            if forwarded.value == number:
                 given.append(to)
                 continue
-            library.TF_GetInput(context, number, byref(thread.tensor), thread.status)
-            self._check(thread.status)
-            tensors.append(thread.tensor.value or 0)
-            source = memory.from_address(library.TF_TensorData(thread.tensor) or 0)
-            given.append(np.frombuffer(source, place.dtype))
+            source = c_void_p()
+            library.TF_GetInput(context, number, byref(source), status)
+            self._check(status)
+            tensors.append(source.value or 0)
+            given.append(frombuffer(memory.from_address(data(source) or 0), dtype))
         return given, filled
 
     def _check(self, status: int) -> None:

@@ -171,7 +171,8 @@ def by_hand(name: str, arguments: dict[str, Any], world: int) -> Outcome:
 def serve(pipe: Connection) -> None:
     """Train what the test asks for until it hangs up."""
     import spark_nn.keras.sync  # noqa: F401  # and with it all that takes long
-    from spark_nn.gang.collective import Alone, Ring, listen
+    from spark_nn.gang.collective import Alone
+    from spark_nn.gang.ring import Ring, listen
 
     gc.freeze()
     while True:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spark_nn.gang.collective import Ring, listen
+from spark_nn.gang.ring import Ring, listen
 
 pytestmark = pytest.mark.timeout(120)
 
