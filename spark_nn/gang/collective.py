@@ -104,6 +104,7 @@ class Alone(Collective):
 
     def mean(self, given: Sequence[NDArray[Any]], filled: Sequence[NDArray[Any]]) -> None:
         """See `Collective.mean`."""
+        check_together(filled)
         for part, whole in zip(given, filled, strict=True):
             self.all_reduce(whole, "mean", part)
 
@@ -146,6 +147,12 @@ def matching(flat: NDArray[Any], source: NDArray[Any] | None) -> NDArray[Any]:
     if source.dtype != flat.dtype or source.size != flat.size:
         raise ValueError(f"the source holds {source.size} {source.dtype}, and the buffer {flat.size} {flat.dtype}")
     return source.reshape(-1)
+
+
+def check_together(arrays: Sequence[NDArray[Any]]) -> None:
+    """Raise ValueError where arrays cannot be averaged in one exchange."""
+    if len({each.dtype for each in arrays}) != 1:
+        raise ValueError("arrays that are averaged together must be at least one, and of one type")
 
 
 def check_root(root: int, world: int) -> None:

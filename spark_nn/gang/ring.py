@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from spark_nn.errors import CollectiveError, OutOfStep, PeerLost
-from spark_nn.gang.collective import CODES, OPS, TYPES, Collective, check_root, flattened, matching
-from spark_nn.gang.shared import Shared, laid_out, room
+from spark_nn.gang.collective import CODES, OPS, TYPES, Collective, check_root, check_together, flattened, matching
+from spark_nn.gang.shared import Places, Shared, room
 from spark_nn.gang.wire import (
     Address,
     Inlet,
@@ -46,6 +46,8 @@ __all__ = ["Ring", "listen"]
 _UFUNCS = {"sum": np.add, "mean": np.add, "max": np.maximum, "min": np.minimum}
 
 _BLOCK = 512 * 1024  # bytes that travel as one frame: many against the cost of a call, few against a cache
+_ALIGNED = 64  # bytes, of a processor's cache line
+_LAYOUTS = 16  # ways for arrays to lie that are remembered: more than a step of any training has
 _POWERS = {2**power for power in range(1, 17)}
 _SPIN = 2e-4  # seconds of looking again and again before sleeping: to be woken takes a core about as long
 _NAP = 2e-3  # seconds between two looks at what the others write, at most
@@ -57,7 +59,8 @@ class Ring(Collective):
 
     Large buffers are reduced as in [1]_: cut into one piece per rank, each of which travels round once and is
     added to on its way, and round again to hand out the result. A rank sends 2 (world - 1) / world of the
-    buffer and needs a single block of memory besides it, whatever the number of ranks. Small buffers travel
+    buffer and needs a single block of memory besides it, whatever the number of ranks; several arrays that are
+    averaged together are first laid end to end, in memory that is kept. Small buffers travel
     whole, half as many hops, and each rank combines them in the order of ranks; between ranks of one machine
     they do not travel, but lie in memory that all of them see.
 
@@ -89,8 +92,10 @@ class Ring(Collective):
         self._inlet, self._outlet = Inlet(before), Outlet(after)  # the stream of data
         self._back_inlet, self._back_outlet = Inlet(after), Outlet(before)  # the small frames against it
         self._scratch = np.empty(_BLOCK, np.uint8)
-        self._pack: NDArray[Any] = np.empty(0)
-        self._in_order: list[tuple[Any, ...]] = []  # the layout of the arrays that were averaged last
+        step = len(self._scratch) // self.world // _ALIGNED * _ALIGNED
+        self._places = Places([self._scratch[rank * step : (rank + 1) * step] for rank in range(self.world)])
+        self._pack: NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._in_order: set[tuple[Any, ...]] = set()  # how the arrays lay that were averaged without a complaint
         self._lock = threading.RLock()  # reentrant: a signal's handler may abort amid an operation
         self._place = (0, 0)
         self._position = Position()
@@ -160,15 +165,20 @@ class Ring(Collective):
     def mean(self, given: Sequence[NDArray[Any]], filled: Sequence[NDArray[Any]]) -> None:
         """See `Collective.mean`."""
         # At every step of a training, with nothing of this in the processor's caches: what was in order is in order.
-        layout = [(part.dtype, part.shape, whole.dtype, whole.shape) for part, whole in zip(given, filled, strict=True)]
-        if layout != self._in_order:
+        layout = tuple(
+            [
+                (part.dtype, part.shape, whole.dtype, whole.shape, whole.flags.num)
+                for part, whole in zip(given, filled, strict=True)
+            ]
+        )
+        if layout not in self._in_order:
+            plain = all(each.ndim == 1 for each in chain(given, filled))
             flats = [flattened(each, "mean") for each in filled]
             given = [matching(flat, part) for flat, part in zip(flats, given, strict=True)]
-            if len({each.dtype for each in flats}) != 1:
-                raise ValueError("arrays that are averaged together must be at least one, and of one type")
-            if all(each.ndim == 1 for each in filled):
-                self._in_order = layout
+            check_together(flats)
             filled = flats
+            if plain and len(self._in_order) < _LAYOUTS:
+                self._in_order.add(layout)
         self._reduce(given, "mean", filled)
 
     def broadcast(self, buffer: NDArray[Any], root: int = 0) -> None:
@@ -228,6 +238,8 @@ class Ring(Collective):
     def _begin(self, operation: Operation, nbytes: int, code: int, argument: int) -> None:
         if self.error:
             raise _again(self.error)
+        if self._aborted:
+            raise CollectiveError(self._aborted)
         sequence = self._position.sequence + 1
         self._position = Position(operation, code, argument, sequence, *self._place, nbytes)
         self._heard_before = self._heard_after = self._looked = now = time.monotonic()
@@ -272,20 +284,16 @@ class Ring(Collective):
 
     def _packed(self, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
         """Memory to lay arrays end to end in: the same at every step, as fresh memory is slow."""
-        if self._pack.dtype != dtype or self._pack.size != size:
-            self._pack = np.empty(size, dtype)
-        return self._pack
+        if self._pack.size < size * dtype.itemsize:
+            self._pack = np.empty(size * dtype.itemsize, np.uint8)
+        return self._pack[: size * dtype.itemsize].view(dtype)
 
     def _reduce_whole(
         self, given: Sequence[NDArray[Any]], op: str, flats: Sequence[NDArray[Any]], sizes: tuple[int, ...]
     ) -> None:
         """Take in everybody's arrays, then combine them in the order of ranks."""
         shared, world, dtype = self._shared, self.world, flats[0].dtype
-        if shared is None:
-            areas = self._scratch[: world * room(dtype, sizes)].reshape(world, -1)
-            rows = [laid_out(area, dtype, sizes) for area in areas]
-        else:
-            rows = shared.places(dtype, sizes)
+        rows = self._places.of(dtype, sizes) if shared is None else shared.places(dtype, sizes)
         # Halving is exact, and so may as well be done on the way.
         halved = op == "mean" and world in _POWERS and dtype.itemsize >= 4
         share = dtype.type(1 / world) if halved else None
@@ -295,7 +303,7 @@ class Ring(Collective):
             else:
                 np.multiply(part, share, out=mine)
         if shared is None:
-            self._hand_round([area.data for area in areas])
+            self._hand_round([area[: room(dtype, sizes)].data for area in self._places.areas])
         elif shared.watched:
             self._meet(shared)
         else:

@@ -25,8 +25,39 @@ from spark_nn.gang.wire import Position
 _TOKEN = 32
 _LINE = 64  # bytes, of a processor's cache
 _PAGE = 4096
+_KEPT = 16  # layouts of arrays: more than a step of any training has
 # Where what one core has written, others see in the same order: there, who sees the mark sees what it stands for.
 _IN_ORDER = {"x86_64", "AMD64"}
+
+
+class Places:
+    """The arrays that lie one after the other in each of several areas.
+
+    Parameters
+    ----------
+    areas : list of numpy.ndarray
+        Of bytes; one for each rank.
+    """
+
+    def __init__(self, areas: list[NDArray[np.uint8]]) -> None:
+        self.areas = areas
+        # Training asks for the same at every step.
+        self._made: dict[tuple[np.dtype[Any], tuple[int, ...]], list[list[NDArray[Any]]]] = {}
+
+    def of(self, dtype: np.dtype[Any], sizes: tuple[int, ...]) -> list[list[NDArray[Any]]]:
+        """For each area, the arrays of so many elements in it; they take `room` bytes."""
+        made = self._made.get((dtype, sizes))
+        if made is None:
+            if len(self._made) >= _KEPT:
+                self._made.clear()
+            made = [[] for _ in self.areas]
+            start = 0
+            for size in sizes:
+                for area, arrays in zip(self.areas, made, strict=True):
+                    arrays.append(area[start : start + size * dtype.itemsize].view(dtype))
+                start += _whole_lines(size * dtype.itemsize)
+            self._made[dtype, sizes] = made
+        return made
 
 
 class Shared:
@@ -54,8 +85,10 @@ class Shared:
         self._world = world
         self._step = _step(world, room)
         self._turn = 0
-        # Training asks for the same arrays at every step.
-        self._last: dict[int, tuple[tuple[np.dtype[Any], tuple[int, ...]], list[list[NDArray[Any]]]]] = {}
+        self._places = []
+        for start in (_start(world), _start(world) + world * self._step):
+            areas = [np.frombuffer(memory, np.uint8, self._step, start + each * self._step) for each in range(world)]
+            self._places.append(Places(areas))
 
     @classmethod
     def form(
@@ -93,14 +126,7 @@ class Shared:
     def places(self, dtype: np.dtype[Any], sizes: tuple[int, ...]) -> list[list[NDArray[Any]]]:
         """Every rank's place for the next exchange, in which lie arrays of so many elements."""
         self._turn = 1 - self._turn
-        last = self._last.get(self._turn)
-        if last is not None and last[0] == (dtype, sizes):
-            return last[1]
-        start = _start(self._world) + self._turn * self._world * self._step
-        areas = (np.frombuffer(self._memory, np.uint8, self._step, start + r * self._step) for r in range(self._world))
-        places = [laid_out(area, dtype, sizes) for area in areas]
-        self._last[self._turn] = (dtype, sizes), places
-        return places
+        return self._places[self._turn].of(dtype, sizes)
 
     def arrive(self, position: bytes) -> None:
         """Let the others see that this rank has come, and has filled its place of this turn."""
@@ -131,16 +157,14 @@ class Shared:
         return _LINE * (1 + self._turn * self._world + rank)
 
 
-@functools.lru_cache(maxsize=64)  # training asks for the same at every step
+@functools.lru_cache(maxsize=_KEPT)  # training asks for the same at every step
 def room(dtype: np.dtype[Any], sizes: tuple[int, ...]) -> int:
     """Bytes that arrays take one after the other, each from the start of a line on: there, vectors are fast."""
-    return sum(-(-size * dtype.itemsize // _LINE) * _LINE for size in sizes)
+    return sum(_whole_lines(size * dtype.itemsize) for size in sizes)
 
 
-def laid_out(area: NDArray[np.uint8], dtype: np.dtype[Any], sizes: tuple[int, ...]) -> list[NDArray[Any]]:
-    """The arrays of so many elements that lie in an area of `room` bytes."""
-    starts = [room(dtype, sizes[:number]) for number in range(len(sizes))]
-    return [area[start : start + size * dtype.itemsize].view(dtype) for start, size in zip(starts, sizes, strict=True)]
+def _whole_lines(nbytes: int) -> int:
+    return -(-nbytes // _LINE) * _LINE
 
 
 def _start(world: int) -> int:

@@ -17,11 +17,12 @@ import functools
 import itertools
 import logging
 import math
+import secrets
 import threading
 import traceback
 import weakref
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, byref, c_bool, c_char_p, c_int, c_int64, c_void_p
+from ctypes import POINTER, byref, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ import tensorflow as tf
 Work = Callable[[list[np.ndarray], list[np.ndarray]], None]
 
 _logger = logging.getLogger(__name__)
-_OP = "SparkNNMapped"
 _UNKNOWN = 2  # TensorFlow's code for errors that have no other
 _CREATE = ctypes.CFUNCTYPE(c_void_p, c_void_p)
 _COMPUTE = ctypes.CFUNCTYPE(None, c_void_p, c_void_p)
@@ -51,6 +51,7 @@ _CALLS: dict[str, tuple[Any, ...]] = {  # what each function returns, and what i
     "TF_NewKernelBuilder": (c_void_p, c_char_p, c_char_p, _CREATE, _COMPUTE, _DELETE),
     "TF_RegisterKernelBuilder": (None, c_char_p, c_void_p, c_void_p),
     "TF_OpKernelConstruction_GetAttrInt64": (None, c_void_p, c_char_p, POINTER(c_int64), c_void_p),
+    "TF_OpKernelConstruction_Failure": (None, c_void_p, c_void_p),
     "TF_OpKernelContext_Failure": (None, c_void_p, c_void_p),
     "TF_ForwardInputOrAllocateOutput": (
         *(c_void_p, c_void_p, POINTER(c_int), c_int, c_int),
@@ -58,6 +59,7 @@ _CALLS: dict[str, tuple[Any, ...]] = {  # what each function returns, and what i
     ),
     "TF_GetInput": (None, c_void_p, c_int, POINTER(c_void_p), c_void_p),
     "TF_TensorData": (c_void_p, c_void_p),
+    "TF_TensorByteSize": (c_size_t, c_void_p),
     "TF_DeleteTensor": (None, c_void_p),
 }
 
@@ -69,12 +71,12 @@ class Mapped:
     ----------
     work : callable
         Gets the tensors' values as two lists of arrays of one dimension, and fills the second from the first.
-        What it raises ends the step with an error of TensorFlow's that holds the traceback.
+        What it raises ends the step: within a graph, with an error of TensorFlow's that holds the traceback.
     """
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._places: list[_Place] = []  # held here, and only looked up by the kernels
+        self._places: list[_Place] = []  # one for each trace; held here, and only looked up by the kernels
 
     def __call__(self, tensors: Sequence[Any]) -> list[Any]:
         """Add the operation to the graph; all tensors are of the same type, float32 or float64."""
@@ -129,6 +131,8 @@ class _Kernels:
             function = getattr(library, name)
             function.restype, function.argtypes = returned, taken
         self._library = library
+        # A name taken ends the process, and another copy of this module may have registered its own.
+        self._op = f"SparkNNMapped{secrets.token_hex(4)}"
         self._numbers = itertools.count(1)
         self._places: weakref.WeakValueDictionary[int, _Place] = weakref.WeakValueDictionary()
         self._thread = _Thread()
@@ -143,11 +147,13 @@ class _Kernels:
         graph = tf.compat.v1.get_default_graph()
         value = tf.compat.v1.AttrValue
         attributes = {"N": value(i=len(tensors)), "place": value(i=number)}
-        return list(graph.create_op(_OP, list(tensors), [each.dtype for each in tensors], attrs=attributes).outputs)
+        return list(
+            graph.create_op(self._op, list(tensors), [each.dtype for each in tensors], attrs=attributes).outputs
+        )
 
     def _register(self) -> None:
         library, status = self._library, self._library.TF_NewStatus()
-        op = library.TF_NewOpDefinitionBuilder(_OP.encode())
+        op = library.TF_NewOpDefinitionBuilder(self._op.encode())
         for attribute in (b"N: int >= 1", b"T: {float, double}", b"place: int"):
             library.TF_OpDefinitionBuilderAddAttr(op, attribute)
         library.TF_OpDefinitionBuilderAddInput(op, b"given: N * T")
@@ -155,26 +161,30 @@ class _Kernels:
         library.TF_OpDefinitionBuilderSetIsStateful(op, True)  # never left out, nor done once for several
         library.TF_RegisterOpDefinition(op, status)
         self._check(status)
-        kernel = library.TF_NewKernelBuilder(_OP.encode(), b"CPU", *self._callbacks)
-        library.TF_RegisterKernelBuilder(_OP.encode(), kernel, status)
+        kernel = library.TF_NewKernelBuilder(self._op.encode(), b"CPU", *self._callbacks)
+        library.TF_RegisterKernelBuilder(self._op.encode(), kernel, status)
         self._check(status)
 
     def _create(self, construction: int) -> int:
-        number = c_int64()
-        status = self._library.TF_NewStatus()
-        self._library.TF_OpKernelConstruction_GetAttrInt64(construction, b"place", byref(number), status)
+        library, number = self._library, c_int64()
+        status = self._status()
+        library.TF_OpKernelConstruction_GetAttrInt64(construction, b"place", byref(number), status)
+        if library.TF_GetCode(status):
+            library.TF_OpKernelConstruction_Failure(construction, status)
         return number.value
 
     def _compute(self, number: int, context: int) -> None:
-        library, thread = self._library, self._thread
-        thread.status = thread.status or library.TF_NewStatus()
+        library, status = self._library, self._status()
         tensors: list[int] = []
         try:
-            place = self._places[number]
+            place = self._places.get(number)
+            if place is None:
+                raise RuntimeError("what this graph was traced for has ended: trace the step again")
             place.work(*self._arrays(place, context, tensors))
         except BaseException:  # noqa: BLE001  (who called knows nothing of Python: it is told below)
-            library.TF_SetStatus(thread.status, _UNKNOWN, traceback.format_exc().encode())
-            library.TF_OpKernelContext_Failure(context, thread.status)
+            # Whatever a path in it is made of: an error that is not told here is a step that counts.
+            library.TF_SetStatus(status, _UNKNOWN, traceback.format_exc().encode(errors="backslashreplace"))
+            library.TF_OpKernelContext_Failure(context, status)
         finally:
             for tensor in tensors:
                 library.TF_DeleteTensor(tensor)
@@ -199,8 +209,18 @@ class _Kernels:
             library.TF_GetInput(context, number, byref(source), status)
             self._check(status)
             tensors.append(source.value or 0)
+            if library.TF_TensorByteSize(source) != ctypes.sizeof(memory):
+                raise ValueError(
+                    f"tensor {number} has {library.TF_TensorByteSize(source)} bytes, and the graph says "
+                    f"{ctypes.sizeof(memory)}: a layer or a gradient of its own sets a shape that is not so (set_shape)"
+                )
             given.append(frombuffer(memory.from_address(data(source) or 0), dtype))
         return given, filled
+
+    def _status(self) -> int:
+        """A place of this thread's for what the interface has to say of a call."""
+        self._thread.status = self._thread.status or self._library.TF_NewStatus()
+        return int(self._thread.status)
 
     def _check(self, status: int) -> None:
         if self._library.TF_GetCode(status):

@@ -247,10 +247,46 @@ def test_arrays_that_do_not_fit_each_other_are_refused_and_break_nothing():
             ([np.zeros(3)], [np.zeros(4)]),
             ([np.zeros(3), np.zeros(3)], [np.zeros(3)]),
             ([np.zeros(3, "i4")], [np.zeros(3, "i4")]),
+            ([np.zeros(3), np.zeros(3, "f4")], [np.zeros(3), np.zeros(3, "f4")]),
+            ([], []),
+            ([np.zeros(3)], [np.zeros(6)[::2]]),
+            ([np.zeros(3)], [np.frombuffer(bytes(24))]),
         ]:
-            with pytest.raises(ValueError, match="source holds|shorter|mean of int32"):
-                gang.rings[0].mean(given, filled)
+            assert gang.run(lambda ring: ring.mean([np.zeros(3)], [np.zeros(3)])) == [None, None]  # which is in order
+            for _ in range(2):
+                with pytest.raises(ValueError, match="source holds|shorter|mean of int32|at least one|contiguous"):
+                    gang.rings[0].mean(given, filled)
         assert gang.run(lambda ring: ring.barrier()) == [None, None]
+
+
+@pytest.mark.usefixtures("spin")
+def test_arrays_of_all_dimensions_and_numbers_are_averaged_again_and_again():
+    def work(ring):
+        results = []
+        for count in (1, 150, 2, 40, 1, 150) * 4:  # more layouts in turn than a training has
+            given = [np.full((2, 3), ring.rank + number, np.float32) for number in range(count)]
+            filled = [np.empty(6, np.float32) for _ in given]
+            ring.mean(given, filled)
+            results.append([float(each[0]) for each in filled])
+            assert all((each == each[0]).all() for each in filled)
+        return results
+
+    expected = [[number + 0.5 for number in range(count)] for count in (1, 150, 2, 40, 1, 150) * 4]
+    with Gang(2) as gang:
+        assert gang.run(work) == [expected] * 2
+
+
+def test_small_arrays_take_turns_in_the_same_memory_with_others(monkeypatch):
+    monkeypatch.setattr(Gang, "spin", True)
+
+    def work(ring):
+        for size in range(1, 60):
+            buffer = np.full(size, ring.rank + size, np.float32)
+            ring.mean([buffer], [buffer])
+            assert (buffer == size + 1).all()
+
+    with Gang(3) as gang:
+        assert gang.run(work) == [None] * 3
 
 
 def test_memory_is_watched_by_all_ranks_or_none(monkeypatch):

@@ -169,8 +169,43 @@ def test_a_graph_that_outlives_its_function_says_so(interface):
         (result,) = mapped([tf.constant([1.0])])
     del mapped
     gc.collect()
-    with tf.compat.v1.Session(graph=graph) as session, pytest.raises(tf.errors.UnknownError, match="KeyError"):
+    with (
+        tf.compat.v1.Session(graph=graph) as session,
+        pytest.raises(tf.errors.UnknownError, match="trace the step again"),
+    ):
         session.run(result)
+
+
+def test_an_error_is_told_whatever_its_text_is_made_of():
+    def fail(given, filled):
+        raise OSError("cannot read b\udcff.dat")
+
+    mapped = Mapped(fail)
+    with pytest.raises((tf.errors.OpError, UnicodeEncodeError)):
+        tf.function(lambda x: mapped([x]))(tf.ones(3))
+
+
+def test_a_shape_that_is_not_so_is_an_error_and_no_look_into_other_memory(interface):
+    mapped = Mapped(tenfold)
+
+    @tf.function
+    def function(x):
+        y = tf.numpy_function(lambda a: a[:2].copy(), [x], tf.float32)
+        y.set_shape([1_000_000])
+        return mapped([y])
+
+    if interface == "kernel":
+        with pytest.raises(tf.errors.OpError, match="8 bytes, and the graph says 4000000.*set_shape"):
+            function(tf.ones(10))
+    else:
+        assert_array_equal(function(tf.ones(10))[0], [10, 10])
+
+
+def test_a_second_copy_of_the_module_registers_its_own(interface):
+    if interface == "numpy_function":
+        pytest.skip("there, nothing is registered")
+    first, second = kernel._kernels(), kernel._kernels.__wrapped__()
+    assert first._op != second._op
 
 
 def test_a_tensorflow_without_the_interface_is_made_do_with(monkeypatch, caplog):
