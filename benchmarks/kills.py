@@ -31,6 +31,7 @@ from pyspark.sql import functions as F
 from spark_nn import KerasEstimator
 from spark_nn.doctor import requireJava
 
+_MARK = "SPARK_NN_KILLS"  # in the environment of all processes of this benchmark
 KINDS = ("SIGKILL a rank", "SIGTERM a rank", "SIGSTOP a rank", "SIGKILL a task", "SIGKILL the fork server")
 # Seconds that a silent process has.
 TIMEOUT = 4.0
@@ -89,7 +90,8 @@ def named(name: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if Path(f"/proc/{process.pid}/comm").read_text().startswith(name):
+            ours = process.environ().get(_MARK) == tempfile.gettempdir()
+            if ours and Path(f"/proc/{process.pid}/comm").read_text().startswith(name):
                 found.append(process)
     return found
 
@@ -166,6 +168,7 @@ def main() -> None:
     os.environ["PYSPARK_PYTHON"] = sys.executable
     draw = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
+        os.environ[_MARK] = folder
         tempfile.tempdir = os.environ["TMPDIR"] = folder  # so that whatever is left behind is seen
         store = f"{folder}/store"
         builder = SparkSession.builder.master("local[2]").config("spark.ui.enabled", False)
@@ -176,6 +179,7 @@ def main() -> None:
         fitted(df, store, arguments.interval)  # starts Spark's Python and the fork server
         expected, summary, base = measured(lambda: fitted(df, store, arguments.interval), 3)
         start = sum(summary.seconds[phase] for phase in ("start", "import", "build", "trace"))
+        lives = 0.9 * (base - summary.seconds["check"] - summary.seconds["materialize"])
         steps = -(-summary.rows // 64) * summary.epochs
         between = arguments.interval * sum(summary.epochSeconds) / steps
         print(f"undisturbed: {base:.1f} s, of which {start:.1f} s before the first step; {steps} steps")
@@ -184,7 +188,7 @@ def main() -> None:
         wrong = 0
         for _ in range(arguments.kills):
             kind, rank = draw.choice(KINDS), draw.randrange(2)
-            after = draw.uniform(0.0, base * 0.8)
+            after = draw.uniform(0.0, lives)
             with later(after, kind, rank) as trouble:
                 digest, summary, seconds = fitted(df, store, arguments.interval)
             left = left_behind(store)

@@ -51,6 +51,7 @@ _SQL_TYPES = {
     "binary": "binary",
 }
 _NUMBERS = "a number or boolean"
+_BOOLEAN = "a boolean"
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def validation(schema: StructType, name: str) -> Tensor:
     """The boolean that sends a row to the validation set."""
     kind = _type(schema, "validationIndicatorCol", name)
     if not isinstance(kind, BooleanType):
-        raise _refusal("validationIndicatorCol", name, kind, "a boolean")
+        raise _refusal("validationIndicatorCol", name, kind, _BOOLEAN)
     return Tensor("validation", (name,), "scalar", "bool", 0, ())
 
 
@@ -400,6 +401,8 @@ def _refusal(param: str, name: str, kind: DataType, allowed: str) -> ColumnError
         advice = "cast its elements to numbers"
     else:
         advice = "cast or assemble it first (VectorAssembler)"
+    if allowed == _BOOLEAN:
+        advice = f"cast it, F.col({name!r}).cast('boolean')"
     return ColumnError(f"{param}={name!r} has type {kind.simpleString()}, but must be {allowed}: {advice}")
 
 

@@ -19,7 +19,7 @@ from pyspark import inheritable_thread_target
 from spark_nn.errors import ClusterError, ParamError, StoreError, TrainingError
 from spark_nn.gang.context import CARDS, RESULT, GangContext, attempt_folder
 from spark_nn.gang.failure import FOLDER, Failure, first_failure
-from spark_nn.gang.progress import shown
+from spark_nn.gang.progress import Display
 from spark_nn.gang.worker import GangTask, Home, WarmTask
 from spark_nn.store import RunDir
 
@@ -150,7 +150,7 @@ class Gang:
         home : Home, optional
             What the ranks' processes need.
         verbose : {0, 1, 2}
-            How to show progress (see :func:`~spark_nn.gang.progress.shown`).
+            How to show progress (see :class:`~spark_nn.gang.progress.Display`).
 
         Returns
         -------
@@ -164,6 +164,7 @@ class Gang:
         """
         pickled = cloudpickle.dumps(function)
         restarts: list[str] = []
+        display = Display(verbose)
         first = time.monotonic()
         while True:
             lost = time.monotonic() - first
@@ -176,7 +177,7 @@ class Gang:
                 timeout=self.timeout,
             )
             try:
-                value, seconds = self._attempt(task, verbose)
+                value, seconds = self._attempt(task, display)
                 return Outcome(value, restarts, {"lost": lost, **seconds} if restarts else seconds)
             except TrainingError as error:
                 error.restarts = restarts
@@ -186,7 +187,8 @@ class Gang:
                     raise
                 restarts.append(str(error).partition("\n")[0])
                 _LOG.warning(
-                    "%s. Going on from the last checkpoint (%d of %d)", restarts[-1], len(restarts), self.retries
+                    "%s. Trying again, from the last checkpoint if there is one (%d of %d)",
+                    *(restarts[-1], len(restarts), self.retries),
                 )
                 time.sleep(_PAUSE)
                 slots = self._slots(_RECOVERY)
@@ -196,13 +198,13 @@ class Gang:
                         f"{slots} of {self.world} workers"
                     ) from error
 
-    def _attempt(self, task: GangTask, verbose: int) -> tuple[Any, dict[str, float]]:
+    def _attempt(self, task: GangTask, display: Display) -> tuple[Any, dict[str, float]]:
         """What the function returned on rank 0, and the seconds before and after it."""
         left = attempt_folder(task.run, task.attempt)
         left.mkdir(FOLDER)
         submitted = time.time()
         try:
-            with shown(left, verbose):
+            with display.shown(left):
                 self._collect(task)
         except Exception as error:
             words = str(error)

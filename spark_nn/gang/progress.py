@@ -120,43 +120,50 @@ class Reporter:
             self._closed.wait(_INTERVAL)
 
 
-@contextlib.contextmanager
-def shown(run: RunDir, verbose: int) -> Iterator[None]:
-    """Driver side: show progress while the block runs.
+class Display:
+    """Driver side: shows the progress of a fit, finished epochs as lines and the one under way as a bar.
 
     Parameters
     ----------
-    run : RunDir
-        Where rank 0 publishes.
     verbose : {0, 1, 2}
         Nothing; a live bar, on a terminal; a line per epoch.
     """
-    if verbose == 0:
-        yield
-        return
-    display = _Display(live=verbose == 1 and sys.stderr.isatty())
-    stop = threading.Event()
 
-    def follow() -> None:
-        while not stop.wait(_INTERVAL):
-            display.show(run)
+    def __init__(self, verbose: int) -> None:
+        self._verbose = verbose
+        self._told = 0  # epochs that have a line, whichever attempt finished them
 
-    thread = threading.Thread(target=follow, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(timeout=10)
-        display.show(run)
-        display.close()
+    @contextlib.contextmanager
+    def shown(self, run: RunDir) -> Iterator[None]:
+        """Show an attempt's progress while the block runs; epochs that it took over from the last have their lines."""
+        if self._verbose == 0:
+            yield
+            return
+        attempt = _Attempt(self._told, live=self._verbose == 1 and sys.stderr.isatty())
+        stop = threading.Event()
+
+        def follow() -> None:
+            while not stop.wait(_INTERVAL):
+                attempt.show(run)
+
+        thread = threading.Thread(target=follow, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join(timeout=10)
+            attempt.show(run)
+            attempt.close()
+            self._told = max(self._told, attempt.lines)
 
 
-class _Display:
-    """Prints finished epochs as lines, and the one under way as a bar."""
+class _Attempt:
+    """The lines and the bar of an attempt."""
 
-    def __init__(self, live: bool) -> None:
+    def __init__(self, told: int, live: bool) -> None:
         self.lines = 0
+        self._told = told
         self.bar = tqdm(
             desc="starting",
             disable=not live,
@@ -173,7 +180,10 @@ class _Display:
             _LOG.debug("progress could not be read", exc_info=True)
 
     def draw(self, state: State) -> None:
-        while self.lines < len(state.seconds):
+        if state.epoch:  # training has begun, and what is finished by now was taken over
+            self.lines = max(self.lines, min(self._told, len(state.seconds)))
+            self._told = 0
+        while state.epoch and self.lines < len(state.seconds):
             tqdm.write(_line(state, self.lines), file=sys.stderr)
             self.lines += 1
         self.bar.total = state.steps

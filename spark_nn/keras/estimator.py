@@ -176,7 +176,8 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
     -----
     The loss decides the output columns. Squared, absolute, Huber, log-cosh and Poisson errors on one unit
     give ``prediction`` (double); binary cross-entropy on one unit gives ``rawPrediction``, ``probability``
-    (Vectors of 2) and ``prediction``; (sparse) categorical cross-entropy gives the same with one element per
+    (Vectors of 2) and ``prediction``, where ``rawPrediction`` holds what the model puts out: logits only with
+    ``from_logits``, else probabilities; (sparse) categorical cross-entropy gives the same with one element per
     class; anything else gives the model's output as an array in ``prediction``. ``from_logits`` is honoured. Of
     several outputs each gives the same columns with its name, as ``prediction_price``.
 
