@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from spark_nn.errors import CollectiveError
 
 TYPES = [np.dtype(name) for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")]
 CODES = {dtype: code for code, dtype in enumerate(TYPES)}
+# Averages what this rank gives into what is to be filled.
+Average = Callable[[Sequence[NDArray[Any]], Sequence[NDArray[Any]]], None]
 OPS = ["sum", "mean", "max", "min"]
 
 
@@ -55,7 +57,6 @@ class Collective(ABC):
             What this rank gives, where that is not in the buffer; of the same type and size, and left as it is.
         """
 
-    @abstractmethod
     def mean(self, given: Sequence[NDArray[Any]], filled: Sequence[NDArray[Any]]) -> None:
         """Average several arrays of one type over the ranks in one exchange.
 
@@ -65,6 +66,25 @@ class Collective(ABC):
             What this rank gives: floats, the same type and sizes on all ranks.
         filled : sequence of numpy.ndarray
             Where the means go: as many arrays of the same sizes, perhaps the same ones; C-contiguous.
+        """
+        if len(given) != len(filled):
+            raise ValueError(f"{len(given)} arrays are given, and {len(filled)} are to be filled")
+        flats = [flattened(each, "mean") for each in filled]
+        parts = [matching(*both) for both in zip(flats, given, strict=True)]
+        if len({each.dtype for each in flats}) != 1:
+            raise ValueError("arrays that are averaged together must be at least one, and of one type")
+        self.averaging(flats[0].dtype, tuple(each.size for each in flats))(parts, flats)
+
+    @abstractmethod
+    def averaging(self, dtype: np.dtype[Any], sizes: tuple[int, ...]) -> Average:
+        """`mean` for arrays of one dimension, of that type and these sizes: what every step asks, nothing checks again.
+
+        Parameters
+        ----------
+        dtype : numpy.dtype
+            A type of floats.
+        sizes : tuple of int
+            Elements of each array, the same on all ranks.
         """
 
     @abstractmethod
@@ -102,11 +122,14 @@ class Alone(Collective):
         flat = flattened(buffer, op)
         np.copyto(flat, matching(flat, source))
 
-    def mean(self, given: Sequence[NDArray[Any]], filled: Sequence[NDArray[Any]]) -> None:
-        """See `Collective.mean`."""
-        check_together(filled)
-        for part, whole in zip(given, filled, strict=True):
-            self.all_reduce(whole, "mean", part)
+    def averaging(self, dtype: np.dtype[Any], sizes: tuple[int, ...]) -> Average:
+        """See `Collective.averaging`."""
+
+        def average(given: Sequence[NDArray[Any]], filled: Sequence[NDArray[Any]]) -> None:
+            for part, whole in zip(given, filled, strict=True):
+                np.copyto(whole, part)
+
+        return average
 
     def broadcast(self, buffer: NDArray[Any], root: int = 0) -> None:
         """See `Collective.broadcast`."""
@@ -147,12 +170,6 @@ def matching(flat: NDArray[Any], source: NDArray[Any] | None) -> NDArray[Any]:
     if source.dtype != flat.dtype or source.size != flat.size:
         raise ValueError(f"the source holds {source.size} {source.dtype}, and the buffer {flat.size} {flat.dtype}")
     return source.reshape(-1)
-
-
-def check_together(arrays: Sequence[NDArray[Any]]) -> None:
-    """Raise ValueError where arrays cannot be averaged in one exchange."""
-    if len({each.dtype for each in arrays}) != 1:
-        raise ValueError("arrays that are averaged together must be at least one, and of one type")
 
 
 def check_root(root: int, world: int) -> None:

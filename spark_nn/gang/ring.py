@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from spark_nn.errors import CollectiveError, OutOfStep, PeerLost
-from spark_nn.gang.collective import CODES, OPS, TYPES, Collective, check_root, check_together, flattened, matching
+from spark_nn.gang.collective import CODES, OPS, TYPES, Average, Collective, check_root, flattened, matching
 from spark_nn.gang.shared import Places, Shared, room
 from spark_nn.gang.wire import (
     Address,
@@ -47,7 +47,6 @@ _UFUNCS = {"sum": np.add, "mean": np.add, "max": np.maximum, "min": np.minimum}
 
 _BLOCK = 512 * 1024  # bytes that travel as one frame: many against the cost of a call, few against a cache
 _ALIGNED = 64  # bytes, of a processor's cache line
-_LAYOUTS = 16  # ways for arrays to lie that are remembered: more than a step of any training has
 _POWERS = {2**power for power in range(1, 17)}
 _SPIN = 2e-4  # seconds of looking again and again before sleeping: to be woken takes a core about as long
 _NAP = 2e-3  # seconds between two looks at what the others write, at most
@@ -95,7 +94,6 @@ class Ring(Collective):
         step = len(self._scratch) // self.world // _ALIGNED * _ALIGNED
         self._places = Places([self._scratch[rank * step : (rank + 1) * step] for rank in range(self.world)])
         self._pack: NDArray[np.uint8] = np.empty(0, np.uint8)
-        self._in_order: set[tuple[Any, ...]] = set()  # how the arrays lay that were averaged without a complaint
         self._lock = threading.RLock()  # reentrant: a signal's handler may abort amid an operation
         self._place = (0, 0)
         self._position = Position()
@@ -160,26 +158,24 @@ class Ring(Collective):
     def all_reduce(self, buffer: NDArray[Any], op: str = "sum", source: NDArray[Any] | None = None) -> None:
         """See `Collective.all_reduce`."""
         flat = flattened(buffer, op)
-        self._reduce([matching(flat, source)], op, [flat])
+        given, sizes = [matching(flat, source)], (flat.size,)
+        reduce = self._reduce_whole if self._small(flat.dtype, sizes) else self._reduce_packed
+        with (
+            self._reduction(flat.dtype, sizes, op),
+            np.errstate(all="ignore"),
+        ):  # an overflow is the training's to judge
+            reduce(given, op, [flat], sizes)
 
-    def mean(self, given: Sequence[NDArray[Any]], filled: Sequence[NDArray[Any]]) -> None:
-        """See `Collective.mean`."""
-        # At every step of a training, with nothing of this in the processor's caches: what was in order is in order.
-        layout = tuple(
-            [
-                (part.dtype, part.shape, whole.dtype, whole.shape, whole.flags.num)
-                for part, whole in zip(given, filled, strict=True)
-            ]
-        )
-        if layout not in self._in_order:
-            plain = all(each.ndim == 1 for each in chain(given, filled))
-            flats = [flattened(each, "mean") for each in filled]
-            given = [matching(flat, part) for flat, part in zip(flats, given, strict=True)]
-            check_together(flats)
-            filled = flats
-            if plain and len(self._in_order) < _LAYOUTS:
-                self._in_order.add(layout)
-        self._reduce(given, "mean", filled)
+    def averaging(self, dtype: np.dtype[Any], sizes: tuple[int, ...]) -> Average:
+        """See `Collective.averaging`."""
+        operation = self._reduction(dtype, sizes, "mean")
+        reduce = self._reduce_whole if self._small(dtype, sizes) else self._reduce_packed
+
+        def average(given: Sequence[NDArray[Any]], filled: Sequence[NDArray[Any]]) -> None:
+            with operation, np.errstate(all="ignore"):
+                reduce(given, "mean", filled, sizes)
+
+        return average
 
     def broadcast(self, buffer: NDArray[Any], root: int = 0) -> None:
         """See `Collective.broadcast`."""
@@ -264,23 +260,26 @@ class Ring(Collective):
         self._back_outlet.say(frame, patience)
         self._outlet.say(frame, patience)
 
-    def _reduce(self, given: Sequence[NDArray[Any]], op: str, flats: Sequence[NDArray[Any]]) -> None:
-        """Combine the ranks' arrays into flat ones: small ones as a whole, others in pieces."""
-        dtype, sizes = flats[0].dtype, tuple([flat.size for flat in flats])
-        operation = self._operation(Operation.ALL_REDUCE, sum(sizes) * dtype.itemsize, dtype, OPS.index(op))
-        with operation, np.errstate(all="ignore"):  # an overflow is the training's to judge
-            if self.world * room(dtype, sizes) <= _BLOCK:
-                self._reduce_whole(given, op, flats, sizes)
-                return
-            whole = flats[0] if len(flats) == 1 else self._packed(dtype, sum(sizes))
-            bounds = list(pairwise(accumulate(sizes, initial=0)))
-            for part, (start, stop) in zip(given, bounds, strict=True):
-                if part is not whole:
-                    np.copyto(whole[start:stop], part)
-            self._reduce_in_pieces(whole, op)
-            for flat, (start, stop) in zip(flats, bounds, strict=True):
-                if flat is not whole:
-                    np.copyto(flat, whole[start:stop])
+    def _reduction(self, dtype: np.dtype[Any], sizes: tuple[int, ...], op: str) -> _Turn:
+        return self._operation(Operation.ALL_REDUCE, sum(sizes) * dtype.itemsize, dtype, OPS.index(op))
+
+    def _small(self, dtype: np.dtype[Any], sizes: tuple[int, ...]) -> bool:
+        """Whether arrays are reduced as a whole, and not in pieces."""
+        return self.world * room(dtype, sizes) <= _BLOCK
+
+    def _reduce_packed(
+        self, given: Sequence[NDArray[Any]], op: str, flats: Sequence[NDArray[Any]], sizes: tuple[int, ...]
+    ) -> None:
+        """Reduce arrays in pieces, laid end to end if they are several."""
+        whole = flats[0] if len(flats) == 1 else self._packed(flats[0].dtype, sum(sizes))
+        bounds = list(pairwise(accumulate(sizes, initial=0)))
+        for part, (start, stop) in zip(given, bounds, strict=True):
+            if part is not whole:
+                np.copyto(whole[start:stop], part)
+        self._reduce_in_pieces(whole, op)
+        for flat, (start, stop) in zip(flats, bounds, strict=True):
+            if flat is not whole:
+                np.copyto(flat, whole[start:stop])
 
     def _packed(self, dtype: np.dtype[Any], size: int) -> NDArray[Any]:
         """Memory to lay arrays end to end in: the same at every step, as fresh memory is slow."""

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from spark_nn.gang.collective import Collective
-from spark_nn.keras.kernel import Mapped
+from spark_nn.keras.kernel import Mapped, Work
 
 
 class Averager:
@@ -24,7 +24,7 @@ class Averager:
 
     def __init__(self, collective: Collective) -> None:
         self.collective = collective
-        self._mapped = Mapped(self._exchange)
+        self._mapped = Mapped(self._averaging)
 
     def average(self, grads: Sequence[Any]) -> list[Any]:
         """The gradients of the global batch: dense ones in one exchange, sparse ones one by one."""
@@ -60,8 +60,8 @@ class Averager:
         values.set_shape([None, *grad.values.shape[1:]])
         return tf.IndexedSlices(values, tf.cast(indices, grad.indices.dtype), grad.dense_shape)
 
-    def _exchange(self, given: list[np.ndarray], filled: list[np.ndarray]) -> None:
-        self.collective.mean(given, filled)
+    def _averaging(self, dtype: np.dtype[Any], sizes: tuple[int, ...]) -> Work:
+        return self.collective.averaging(dtype, sizes)
 
     def _gather_rows(self, indices: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         every_index = self.collective.all_gather(indices.tobytes())

@@ -69,13 +69,14 @@ class Mapped:
 
     Parameters
     ----------
-    work : callable
-        Gets the tensors' values as two lists of arrays of one dimension, and fills the second from the first.
-        What it raises ends the step: within a graph, with an error of TensorFlow's that holds the traceback.
+    prepare : callable
+        For arrays of a type and of sizes, returns the function: it gets the tensors' values as two lists of arrays of
+        one dimension, and fills the second from the first. What it raises ends the step: within a graph, with an error
+        of TensorFlow's that holds the traceback.
     """
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
+    def __init__(self, prepare: Callable[[np.dtype[Any], tuple[int, ...]], Work]) -> None:
+        self._prepare = prepare
         self._places: list[_Place] = []  # one for each trace; held here, and only looked up by the kernels
 
     def __call__(self, tensors: Sequence[Any]) -> list[Any]:
@@ -86,7 +87,8 @@ class Mapped:
         if kernels is None:
             results = tf.numpy_function(self._copied, list(tensors), [each.dtype for each in tensors])
         else:
-            place = _Place(self._work, tensors[0].dtype.as_numpy_dtype, [tuple(each.shape) for each in tensors])
+            dtype, shapes = np.dtype(tensors[0].dtype.as_numpy_dtype), [tuple(each.shape) for each in tensors]
+            place = _Place(self._prepare(dtype, tuple(math.prod(shape) for shape in shapes)), dtype, shapes)
             self._places.append(place)
             results = kernels.placed(place, tensors)
         for result, tensor in zip(results, tensors, strict=True):
@@ -95,16 +97,17 @@ class Mapped:
 
     def _copied(self, *given: np.ndarray) -> list[np.ndarray]:
         filled = [np.empty_like(each, order="C") for each in given]
-        self._work([each.reshape(-1) for each in given], [each.reshape(-1) for each in filled])
+        work = self._prepare(given[0].dtype, tuple(each.size for each in given))
+        work([each.reshape(-1) for each in given], [each.reshape(-1) for each in filled])
         return filled
 
 
 class _Place:
     """What the kernel needs to know at one place of a graph."""
 
-    def __init__(self, work: Work, dtype: Any, shapes: Sequence[tuple[int, ...]]) -> None:
+    def __init__(self, work: Work, dtype: np.dtype[Any], shapes: Sequence[tuple[int, ...]]) -> None:
         self.work = work
-        self.dtype = np.dtype(dtype)
+        self.dtype = dtype
         self.tensors = [
             # Their memory, which of the inputs may give it, and their shape.
             (ctypes.c_char * (math.prod(shape) * self.dtype.itemsize), (c_int * 1)(number), shaped(*shape), len(shape))
@@ -193,7 +196,8 @@ class _Kernels:
         """The memory of the inputs, and that of the outputs, which is the same where nobody else needs the input."""
         library, status, forwarded = self._library, self._thread.status, self._thread.forwarded
         forward, data = library.TF_ForwardInputOrAllocateOutput, library.TF_TensorData
-        frombuffer, dtype = np.frombuffer, place.dtype
+        frombuffer: Any = np.frombuffer
+        dtype = place.dtype
         given, filled = [], []
         for number, (memory, same, dims, rank) in enumerate(place.tensors):
             output = forward(context, same, 1, number, dims, rank, byref(forwarded), status)

@@ -25,6 +25,10 @@ def interface(request, monkeypatch):
     return request.param
 
 
+def mapping(work):
+    return Mapped(lambda dtype, sizes: work)
+
+
 def tenfold(given, filled):
     for source, to in zip(given, filled, strict=True):
         assert source.ndim == to.ndim == 1
@@ -37,7 +41,7 @@ def test_each_tensor_is_mapped_to_one_of_its_shape(dtype, eager):
     tensors = [
         tf.constant(np.random.default_rng(0).random(shape), dtype) for shape in [(), (0, 3), (4, 5), (2, 3, 4), (1000,)]
     ]
-    mapped = Mapped(tenfold)
+    mapped = mapping(tenfold)
     function = (lambda *given: mapped([each + 1 for each in given])) if eager else None
     function = function or tf.function(lambda *given: mapped([each + 1 for each in given]))
     results = function(*tensors)
@@ -46,8 +50,22 @@ def test_each_tensor_is_mapped_to_one_of_its_shape(dtype, eager):
         assert_array_equal(result, (tensor.numpy() + 1) * 10)
 
 
+def test_the_work_is_prepared_for_what_it_will_get(interface):
+    prepared = []
+
+    def prepare(dtype, sizes):
+        prepared.append((dtype, sizes))
+        return tenfold
+
+    mapped = Mapped(prepare)
+    function = tf.function(lambda x, y: mapped([x + 1, y]))
+    for _ in range(3):
+        function(tf.ones((2, 3), tf.float64), tf.ones((), tf.float64))
+    assert prepared == [(np.float64, (6, 1))] * (1 if interface == "kernel" else 3)
+
+
 def test_an_input_that_others_read_keeps_its_value():
-    mapped = Mapped(tenfold)
+    mapped = mapping(tenfold)
 
     @tf.function
     def function(x):
@@ -65,7 +83,7 @@ def test_an_input_that_others_read_keeps_its_value():
 
 
 def test_a_variable_given_as_it_is_keeps_its_value():
-    mapped, variable = Mapped(tenfold), tf.Variable([1.0, 2.0])
+    mapped, variable = mapping(tenfold), tf.Variable([1.0, 2.0])
     assert_array_equal(tf.function(lambda: mapped([variable.value()]))()[0], [10, 20])
     assert_array_equal(variable, [1, 2])
 
@@ -77,7 +95,7 @@ def test_the_memory_of_the_input_is_filled_where_nobody_needs_it_any_more(interf
         same.append(np.shares_memory(given[0], filled[0]))
         np.copyto(filled[0], given[0])
 
-    mapped = Mapped(look)
+    mapped = mapping(look)
     function = tf.function(lambda x: mapped([x + 1])[0] * 2)
     assert_array_equal(function(tf.ones(1000)), np.full(1000, 4))
     assert same == [interface == "kernel"]
@@ -90,7 +108,7 @@ def test_it_runs_at_every_step_of_a_loop_and_in_order():
         calls.append(float(given[0][0]))
         filled[0][:] = given[0] + 1
 
-    mapped = Mapped(count)
+    mapped = mapping(count)
 
     @tf.function
     def function():
@@ -104,7 +122,7 @@ def test_it_runs_at_every_step_of_a_loop_and_in_order():
 
 
 def test_shapes_that_only_the_step_knows_are_mapped_as_well():
-    mapped = Mapped(tenfold)
+    mapped = mapping(tenfold)
     function = tf.function(lambda x: mapped([x])[0], input_signature=[tf.TensorSpec([None, 2])])
     for rows in (3, 0, 1):
         assert_array_equal(function(tf.ones((rows, 2))), np.full((rows, 2), 10))
@@ -116,7 +134,7 @@ def test_what_the_function_raises_ends_the_step_and_no_later_one():
             raise ArithmeticError("below zero")
         tenfold(given, filled)
 
-    mapped = Mapped(fail)
+    mapped = mapping(fail)
     function = tf.function(lambda x: mapped([x]))
     for _ in range(3):
         with pytest.raises(tf.errors.OpError, match="(?s)in fail.*ArithmeticError: below zero"):
@@ -125,7 +143,7 @@ def test_what_the_function_raises_ends_the_step_and_no_later_one():
 
 
 def test_threads_run_it_at_the_same_time():
-    mapped = Mapped(tenfold)
+    mapped = mapping(tenfold)
     function = tf.function(lambda x: mapped([x * 2])[0])
     function(tf.zeros(100))
     wrong = []
@@ -145,7 +163,7 @@ def test_threads_run_it_at_the_same_time():
 
 
 def test_neither_tensors_nor_threads_leave_anything_behind():
-    mapped = Mapped(tenfold)
+    mapped = mapping(tenfold)
     function = tf.function(lambda x: mapped([x + 1, x])[0])
     x = tf.zeros(250_000)
     sizes = []
@@ -163,7 +181,7 @@ def test_neither_tensors_nor_threads_leave_anything_behind():
 def test_a_graph_that_outlives_its_function_says_so(interface):
     if interface == "numpy_function":
         pytest.skip("there, TensorFlow keeps the function")
-    mapped = Mapped(tenfold)
+    mapped = mapping(tenfold)
     graph = tf.Graph()
     with graph.as_default():
         (result,) = mapped([tf.constant([1.0])])
@@ -180,13 +198,15 @@ def test_an_error_is_told_whatever_its_text_is_made_of():
     def fail(given, filled):
         raise OSError("cannot read b\udcff.dat")
 
-    mapped = Mapped(fail)
+    mapped = mapping(fail)
     with pytest.raises((tf.errors.OpError, UnicodeEncodeError)):
         tf.function(lambda x: mapped([x]))(tf.ones(3))
 
 
 def test_a_shape_that_is_not_so_is_an_error_and_no_look_into_other_memory(interface):
-    mapped = Mapped(tenfold)
+    if interface == "numpy_function":
+        pytest.skip("there, TensorFlow hands over what is there")
+    mapped = mapping(tenfold)
 
     @tf.function
     def function(x):
@@ -194,11 +214,8 @@ def test_a_shape_that_is_not_so_is_an_error_and_no_look_into_other_memory(interf
         y.set_shape([1_000_000])
         return mapped([y])
 
-    if interface == "kernel":
-        with pytest.raises(tf.errors.OpError, match="8 bytes, and the graph says 4000000.*set_shape"):
-            function(tf.ones(10))
-    else:
-        assert_array_equal(function(tf.ones(10))[0], [10, 10])
+    with pytest.raises(tf.errors.OpError, match="8 bytes, and the graph says 4000000.*set_shape"):
+        function(tf.ones(10))
 
 
 def test_a_second_copy_of_the_module_registers_its_own(interface):
