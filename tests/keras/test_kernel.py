@@ -194,12 +194,15 @@ def test_a_graph_that_outlives_its_function_says_so(interface):
         session.run(result)
 
 
-def test_an_error_is_told_whatever_its_text_is_made_of():
+def test_an_error_is_told_whatever_its_text_is_made_of(interface):
+    if interface == "numpy_function":
+        pytest.skip("there, TensorFlow fails to tell it, and leaves the thread with an exception")
+
     def fail(given, filled):
         raise OSError("cannot read b\udcff.dat")
 
     mapped = mapping(fail)
-    with pytest.raises((tf.errors.OpError, UnicodeEncodeError)):
+    with pytest.raises(tf.errors.OpError, match="cannot read b"):
         tf.function(lambda x: mapped([x]))(tf.ones(3))
 
 
@@ -210,12 +213,12 @@ def test_a_shape_that_is_not_so_is_an_error_and_no_look_into_other_memory(interf
 
     @tf.function
     def function(x):
-        y = tf.numpy_function(lambda a: a[:2].copy(), [x], tf.float32)
+        y = tf.unique(x)[0]
         y.set_shape([1_000_000])
         return mapped([y])
 
     with pytest.raises(tf.errors.OpError, match="8 bytes, and the graph says 4000000.*set_shape"):
-        function(tf.ones(10))
+        function(tf.constant([1.0, 2.0, 1.0]))
 
 
 def test_a_second_copy_of_the_module_registers_its_own(interface):
