@@ -388,7 +388,9 @@ def _joined(dtype: str) -> str:
 
 
 def _refusal(param: str, name: str, kind: DataType, allowed: str) -> ColumnError:
-    if isinstance(kind, (StringType, BinaryType)):
+    if allowed == _BOOLEAN:
+        advice = f"cast it, F.col({name!r}).cast('boolean')"
+    elif isinstance(kind, (StringType, BinaryType)):
         advice = (
             "StringIndexer (and OneHotEncoder) turns strings into numbers; a model that takes strings itself has an "
             "input for them alone (the param inputs)"
@@ -401,8 +403,6 @@ def _refusal(param: str, name: str, kind: DataType, allowed: str) -> ColumnError
         advice = "cast its elements to numbers"
     else:
         advice = "cast or assemble it first (VectorAssembler)"
-    if allowed == _BOOLEAN:
-        advice = f"cast it, F.col({name!r}).cast('boolean')"
     return ColumnError(f"{param}={name!r} has type {kind.simpleString()}, but must be {allowed}: {advice}")
 
 

@@ -13,7 +13,7 @@ from spark_nn.errors import CollectiveError
 
 TYPES = [np.dtype(name) for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")]
 CODES = {dtype: code for code, dtype in enumerate(TYPES)}
-# Averages what this rank gives into what is to be filled.
+# Combines what the ranks give, here the first arrays, into what is to be filled, the second.
 Average = Callable[[Sequence[NDArray[Any]], Sequence[NDArray[Any]]], None]
 OPS = ["sum", "mean", "max", "min"]
 

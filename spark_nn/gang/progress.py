@@ -183,9 +183,9 @@ class _Attempt:
         if state.epoch:  # training has begun, and what is finished by now was taken over
             self.lines = max(self.lines, min(self._told, len(state.seconds)))
             self._told = 0
-        while state.epoch and self.lines < len(state.seconds):
-            tqdm.write(_line(state, self.lines), file=sys.stderr)
-            self.lines += 1
+            while self.lines < len(state.seconds):
+                tqdm.write(_line(state, self.lines), file=sys.stderr)
+                self.lines += 1
         self.bar.total = state.steps
         self.bar.n = state.step
         self.bar.set_description_str(f"epoch {state.epoch}/{state.epochs}", refresh=False)

@@ -46,7 +46,6 @@ __all__ = ["Ring", "listen"]
 _UFUNCS = {"sum": np.add, "mean": np.add, "max": np.maximum, "min": np.minimum}
 
 _BLOCK = 512 * 1024  # bytes that travel as one frame: many against the cost of a call, few against a cache
-_ALIGNED = 64  # bytes, of a processor's cache line
 _POWERS = {2**power for power in range(1, 17)}
 _SPIN = 2e-4  # seconds of looking again and again before sleeping: to be woken takes a core about as long
 _NAP = 2e-3  # seconds between two looks at what the others write, at most
@@ -91,8 +90,7 @@ class Ring(Collective):
         self._inlet, self._outlet = Inlet(before), Outlet(after)  # the stream of data
         self._back_inlet, self._back_outlet = Inlet(after), Outlet(before)  # the small frames against it
         self._scratch = np.empty(_BLOCK, np.uint8)
-        step = len(self._scratch) // self.world // _ALIGNED * _ALIGNED
-        self._places = Places([self._scratch[rank * step : (rank + 1) * step] for rank in range(self.world)])
+        self._places = Places(self._scratch, self.world, _BLOCK)
         self._pack: NDArray[np.uint8] = np.empty(0, np.uint8)
         self._lock = threading.RLock()  # reentrant: a signal's handler may abort amid an operation
         self._place = (0, 0)
@@ -158,24 +156,11 @@ class Ring(Collective):
     def all_reduce(self, buffer: NDArray[Any], op: str = "sum", source: NDArray[Any] | None = None) -> None:
         """See `Collective.all_reduce`."""
         flat = flattened(buffer, op)
-        given, sizes = [matching(flat, source)], (flat.size,)
-        reduce = self._reduce_whole if self._small(flat.dtype, sizes) else self._reduce_packed
-        with (
-            self._reduction(flat.dtype, sizes, op),
-            np.errstate(all="ignore"),
-        ):  # an overflow is the training's to judge
-            reduce(given, op, [flat], sizes)
+        self._reduction(flat.dtype, (flat.size,), op)([matching(flat, source)], [flat])
 
     def averaging(self, dtype: np.dtype[Any], sizes: tuple[int, ...]) -> Average:
         """See `Collective.averaging`."""
-        operation = self._reduction(dtype, sizes, "mean")
-        reduce = self._reduce_whole if self._small(dtype, sizes) else self._reduce_packed
-
-        def average(given: Sequence[NDArray[Any]], filled: Sequence[NDArray[Any]]) -> None:
-            with operation, np.errstate(all="ignore"):
-                reduce(given, "mean", filled, sizes)
-
-        return average
+        return self._reduction(dtype, sizes, "mean")
 
     def broadcast(self, buffer: NDArray[Any], root: int = 0) -> None:
         """See `Collective.broadcast`."""
@@ -260,12 +245,16 @@ class Ring(Collective):
         self._back_outlet.say(frame, patience)
         self._outlet.say(frame, patience)
 
-    def _reduction(self, dtype: np.dtype[Any], sizes: tuple[int, ...], op: str) -> _Turn:
-        return self._operation(Operation.ALL_REDUCE, sum(sizes) * dtype.itemsize, dtype, OPS.index(op))
+    def _reduction(self, dtype: np.dtype[Any], sizes: tuple[int, ...], op: str) -> Average:
+        """What combines arrays of one dimension and these sizes: small ones as a whole, others in pieces."""
+        operation = self._operation(Operation.ALL_REDUCE, sum(sizes) * dtype.itemsize, dtype, OPS.index(op))
+        reduce = self._reduce_whole if self.world * room(dtype, sizes) <= _BLOCK else self._reduce_packed
 
-    def _small(self, dtype: np.dtype[Any], sizes: tuple[int, ...]) -> bool:
-        """Whether arrays are reduced as a whole, and not in pieces."""
-        return self.world * room(dtype, sizes) <= _BLOCK
+        def combine(given: Sequence[NDArray[Any]], filled: Sequence[NDArray[Any]]) -> None:
+            with operation, np.errstate(all="ignore"):  # an overflow is the training's to judge
+                reduce(given, op, filled, sizes)
+
+        return combine
 
     def _reduce_packed(
         self, given: Sequence[NDArray[Any]], op: str, flats: Sequence[NDArray[Any]], sizes: tuple[int, ...]
@@ -438,11 +427,7 @@ class Ring(Collective):
 
     def _wait(self, for_before: bool, for_after: bool) -> None:
         """Sleep until a neighbour can be read or written; raise where one that is waited for keeps silent."""
-        if self._aborted:
-            raise CollectiveError(self._aborted)
-        if self._spin and for_before and self._inlet.comes_within(self._spin):
-            self._heard_before = time.monotonic()
-        else:
+        if not (self._spin and for_before and self._inlet.comes_within(self._spin)):
             self._listen(for_before, for_after)
 
     def _listen(self, for_before: bool, for_after: bool, patience: float = np.inf) -> bool:

@@ -31,16 +31,23 @@ _IN_ORDER = {"x86_64", "AMD64"}
 
 
 class Places:
-    """The arrays that lie one after the other in each of several areas.
+    """The arrays that lie one after the other in each rank's area of a memory.
 
     Parameters
     ----------
-    areas : list of numpy.ndarray
-        Of bytes; one for each rank.
+    memory : buffer
+        Whose it is.
+    world : int
+        How many ranks there are.
+    room : int
+        Bytes that all areas may take together.
+    start : int, default 0
+        Where in the memory they begin.
     """
 
-    def __init__(self, areas: list[NDArray[np.uint8]]) -> None:
-        self.areas = areas
+    def __init__(self, memory: Any, world: int, room: int, start: int = 0) -> None:
+        step = _step(world, room)
+        self.areas = [np.frombuffer(memory, np.uint8, step, start + rank * step) for rank in range(world)]
         # Training asks for the same at every step.
         self._made: dict[tuple[np.dtype[Any], tuple[int, ...]], list[list[NDArray[Any]]]] = {}
 
@@ -83,12 +90,9 @@ class Shared:
         self._memory = memory
         self._rank = rank
         self._world = world
-        self._step = _step(world, room)
         self._turn = 0
-        self._places = []
-        for start in (_start(world), _start(world) + world * self._step):
-            areas = [np.frombuffer(memory, np.uint8, self._step, start + each * self._step) for each in range(world)]
-            self._places.append(Places(areas))
+        starts = (_start(world), _start(world) + world * _step(world, room))
+        self._places = [Places(memory, world, room, start) for start in starts]
 
     @classmethod
     def form(
@@ -174,7 +178,7 @@ def _start(world: int) -> int:
 
 def _step(world: int, room: int) -> int:
     """Bytes from one rank's place to the next one's."""
-    return -(-room // world // _LINE) * _LINE
+    return room // world // _LINE * _LINE  # what arrays take is whole lines, too
 
 
 def _made(token: bytes, size: int) -> int:
