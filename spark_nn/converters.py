@@ -31,8 +31,15 @@ def integer(name: str, *, low: int | None = None) -> Callable[[Any], int]:
     return convert
 
 
-def number(name: str, *, above: float | None = None, low: float | None = None, below: float | None = None) -> Any:
-    """Converter for finite numbers in an interval: `above` and `below` are excluded, `low` is included."""
+def number(
+    name: str,
+    *,
+    above: float | None = None,
+    low: float | None = None,
+    below: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """Converter for finite numbers in an interval: `above` and `below` are excluded, `low` and `high` are included."""
 
     def convert(value: Any) -> float:
         if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
@@ -42,6 +49,7 @@ def number(name: str, *, above: float | None = None, low: float | None = None, b
             (above is not None and not result > above, f"above {above}"),
             (low is not None and not result >= low, f"at least {low}"),
             (below is not None and not result < below, f"below {below}"),
+            (high is not None and not result <= high, f"at most {high}"),
             (not np.isfinite(result), "finite"),
         ]
         for broken, rule in limits:
@@ -140,6 +148,37 @@ def class_weights(value: Any) -> dict[int, float]:
     as_weight = number("classWeights' weight", low=0.0)
     keys = [int(key) if isinstance(key, str) and key.isdigit() else key for key in value]
     return {as_class(key): as_weight(weight) for key, weight in zip(keys, value.values(), strict=True)}
+
+
+def by_output(name: str, convert: Callable[[Any], Any], what: str) -> Callable[[Any], Any]:
+    """Converter for one value, or for a dict of them by the names of a model's outputs.
+
+    Parameters
+    ----------
+    name : str
+        The param, for messages.
+    convert : callable
+        Converter of one value.
+    what : str
+        What one value is, for messages.
+    """
+
+    def converter(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return convert(value)
+        if not value or not all(isinstance(key, str) and key for key in value):
+            raise TypeError(f"{name} takes {what}, or a dict of outputs' names to such, not {value!r}")
+        return {key: convert(each) for key, each in value.items()}
+
+    return converter
+
+
+def loss_weights(value: Any) -> Any:
+    """Converter for a number, a list of numbers, or a dict of outputs' names to numbers."""
+    weight = by_output("lossWeights", number("lossWeights", low=0.0), "a number")
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [number("lossWeights", low=0.0)(each) for each in value]
+    return weight(value)
 
 
 def param(name: str, doc: str, converter: Callable[[Any], Any]) -> Param[Any]:

@@ -115,7 +115,13 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
         self.checkTrainingParams()
         self._check()
         dataset = source.dataset
-        gang = Gang(dataset.sparkSession, self.getNumWorkers(), self.getTimeout(), self.getMaxRetries())
+        gang = Gang(
+            dataset.sparkSession,
+            self.getNumWorkers(),
+            self.getTimeout(),
+            self.getMaxRetries(),
+            self.getUseGpu() if self.isDefined("useGpu") else None,
+        )
         schedule = self._schedule()
         spec = self._spec(dataset.schema, schedule)
         gang.check()
@@ -195,6 +201,7 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
             classWeights=self.getClassWeights() if self.isDefined("classWeights") else {},
             nonFiniteLoss=self.getNonFiniteLoss(),  # type: ignore[arg-type]
             checkpointInterval=max(0, self.getCheckpointInterval()) if self.isDefined("checkpointInterval") else None,
+            stepsPerEpoch=self.getStepsPerEpoch() if self.isDefined("stepsPerEpoch") else None,
         )
 
 
@@ -292,10 +299,8 @@ class NeuralModel(Model, ModelParams, _Stage):
     def _transform(self, dataset: DataFrame) -> DataFrame:
         fitted = self.fitted
         inputs = self._inputs(dataset.schema)
-        names = {}
-        for field, (param, output) in columns_of(fitted.outputs).items():
-            if column := self.getOrDefault(self.getParam(param)):
-                names[field] = f"{column}_{output}" if output else column
+        outputs = self.outputChoice().of(fitted.outputs)
+        names = self._outputColumns(outputs)
         if not names:
             return dataset
         scorer = Scorer(
@@ -303,11 +308,23 @@ class NeuralModel(Model, ModelParams, _Stage):
             sha256=fitted.file.sha256,
             load=self._loader(),
             inputs=inputs,
-            outputs=fitted.outputs,
+            outputs=outputs,
             fields=tuple(names),
             skip=self.getHandleInvalid() == "skip",
         )
         return score(dataset, scorer, names)
+
+    def _outputColumns(self, outputs: Outputs) -> dict[str, str]:
+        """Name of the column for each value that a row gets, by its key; none for what is left out."""
+        chosen = self.outputChoice().columns
+        names = {}
+        for field, (param, output) in columns_of(outputs).items():
+            column = self.getOrDefault(self.getParam(param))
+            if not column or chosen.get(output) == "":
+                continue
+            own = chosen.get(output) if param == "predictionCol" else None
+            names[field] = own or (f"{column}_{output}" if output else column)
+        return names
 
     def _inputs(self, schema: StructType) -> tuple[Tensor, ...]:
         """The DataFrame's columns as the inputs that the model was trained on."""

@@ -9,12 +9,16 @@ Spark's evaluators are strict about types: ``prediction`` must be a double, ``ra
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from spark_nn.errors import ParamError
+
 Kind = Literal["regression", "binary", "multiclass", "raw"]
+KINDS: tuple[str, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -29,15 +33,19 @@ class Output:
         Shape of one row of the model's output.
     logits : bool
         Whether probabilities come as logits.
+    threshold : float
+        Of a binary output: the probability of class 1 above which the prediction is 1. No property of the model, so
+        it is not part of the description.
     """
 
     kind: Kind
     shape: tuple[int, ...]
     logits: bool = False
+    threshold: float = 0.5
 
     def toDict(self) -> dict[str, Any]:
         """The description as JSON can hold it."""
-        return asdict(self)
+        return {"kind": self.kind, "shape": list(self.shape), "logits": self.logits}
 
     @classmethod
     def fromDict(cls, value: dict[str, Any]) -> Output:
@@ -73,13 +81,15 @@ class Output:
             raw = np.concatenate([-output, output] if self.logits else [1.0 - output, output], axis=1)
             one = np.exp(-np.logaddexp(0.0, -output)) if self.logits else output
             probability = np.concatenate([1.0 - one, one], axis=1)
+            predicted = one[:, 0] > self.threshold
         else:
             raw = output
             probability = _softmax(output) if self.logits else output
+            predicted = probability.argmax(axis=1)
         return {
             "rawPredictionCol": raw,
             "probabilityCol": probability,
-            "predictionCol": probability.argmax(axis=1).astype(np.float64),
+            "predictionCol": predicted.astype(np.float64),
         }
 
 
@@ -93,6 +103,67 @@ def columns_of(outputs: Outputs) -> dict[str, tuple[str, str]]:
         for name, output in outputs.items()
         for param in output.fields
     }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user says of a model's outputs, in place of what its loss says.
+
+    Parameters
+    ----------
+    kinds : str or dict
+        The kind of all outputs, or of some by their names; ``"auto"`` leaves a kind as it is.
+    threshold : float or None
+        Of the binary ones.
+    columns : dict
+        Where the predictions of some go, by their names; an empty name leaves an output out.
+    """
+
+    kinds: str | Mapping[str, str] = "auto"
+    threshold: float | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, outputs: Outputs) -> Outputs:
+        """The outputs as they were described, with what the user says of them.
+
+        Raises
+        ------
+        ParamError
+            There is no such output, its shape does not suit the kind, or there is no binary one for the threshold.
+        """
+        for param, given in (("outputKind", self.kinds), ("outputCols", self.columns)):
+            unknown = [name for name in given if name not in outputs] if isinstance(given, Mapping) else []
+            if unknown:
+                single = list(outputs) == [""]
+                cure = "it has one, without a name" if single else f"it has {', '.join(map(repr, outputs))}"
+                raise ParamError(f"{param}={given!r}: the model has no output {', '.join(map(repr, unknown))}; {cure}")
+        kinds = self.kinds if isinstance(self.kinds, Mapping) else dict.fromkeys(outputs, self.kinds)
+        result = {name: _as_kind(name, output, kinds.get(name, "auto")) for name, output in outputs.items()}
+        if self.threshold is None:
+            return result
+        if all(output.kind != "binary" for output in result.values()):
+            found = ", ".join(f"{output.kind!r}" for output in result.values())
+            raise ParamError(
+                f"threshold={self.threshold}: only outputs of kind 'binary' have one, and the model's is {found}; "
+                "clear it, or set outputKind='binary' if the model puts out the probability of class 1"
+            )
+        return {name: replace(output, threshold=self.threshold) for name, output in result.items()}
+
+
+def _as_kind(name: str, output: Output, kind: str) -> Output:
+    if kind in ("auto", output.kind):
+        return output
+    one = int(np.prod(output.shape)) == 1
+    fits = {"regression": one, "binary": one, "multiclass": len(output.shape) == 1 and not one, "raw": True}
+    if not fits[kind]:
+        whose = f"output {name!r} of the model" if name else "model's output"
+        allowed = [each for each in KINDS if fits[each]]
+        needed = "one element per class" if kind == "multiclass" else "a single element"
+        raise ParamError(
+            f"outputKind={kind!r} needs {needed}, and the {whose} has the shape {output.shape} for a row: set "
+            f"outputKind to {' or '.join(map(repr, allowed))}, or change the model's last layer"
+        )
+    return replace(output, kind=kind)  # type: ignore[arg-type]
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from pyspark.ml.param.shared import (
     HasProbabilityCol,
     HasRawPredictionCol,
     HasSeed,
+    HasThreshold,
     HasValidationIndicatorCol,
     HasWeightCol,
 )
@@ -23,6 +24,7 @@ from spark_nn import columns
 from spark_nn.columns import Tensor
 from spark_nn.converters import (
     boolean,
+    by_output,
     checkpoint_interval,
     choice,
     class_weights,
@@ -32,11 +34,20 @@ from spark_nn.converters import (
     param,
 )
 from spark_nn.errors import ParamError
+from spark_nn.outputs import KINDS, Choice
 
 P = TypeVar("P", bound=Params)
 
 
-class ModelParams(HasFeaturesCol, HasInputCols, HasLabelCol, HasPredictionCol, HasProbabilityCol, HasRawPredictionCol):
+class ModelParams(
+    HasFeaturesCol,
+    HasInputCols,
+    HasLabelCol,
+    HasPredictionCol,
+    HasProbabilityCol,
+    HasRawPredictionCol,
+    HasThreshold,
+):
     """Params that an estimator and its fitted model share: the columns they read and write."""
 
     featuresCol: Param[str] = param(
@@ -64,10 +75,31 @@ class ModelParams(HasFeaturesCol, HasInputCols, HasLabelCol, HasPredictionCol, H
         "weight cannot be used, of predictions where an input cannot.",
         choice("handleInvalid", ("error", "skip")),
     )
+    outputKind: Param[Any] = param(
+        "outputKind",
+        "What the model puts out, which decides the output columns: 'regression', one number; 'binary', the "
+        "probability of class 1; 'multiclass', one of each class; 'raw', an array of the output's shape; 'auto', as "
+        "the loss says. For several outputs one for all, or a dict of the outputs' names to them.",
+        by_output(
+            "outputKind", choice("outputKind", ("auto", *KINDS)), "one of 'auto', " + ", ".join(map(repr, KINDS))
+        ),
+    )
+    threshold: Param[float] = param(
+        "threshold",
+        "For outputs of kind 'binary': the prediction is 1 where the probability of class 1 is above it, else 0 "
+        "(0 <= x <= 1).",
+        number("threshold", low=0.0, high=1.0),
+    )
+    outputCols: Param[dict[str, str]] = param(
+        "outputCols",
+        "For models of several outputs: a dict of outputs' names to the columns that their predictions go to, in place "
+        "of predictionCol with the output's name after it; an empty name leaves all columns of that output out.",
+        columns_dict("outputCols", several=False),
+    )
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._setDefault(handleInvalid="error")
+        self._setDefault(handleInvalid="error", outputKind="auto", threshold=0.5)
 
     def setFeaturesCol(self: P, value: str) -> P:
         """Set :py:attr:`featuresCol`."""
@@ -92,6 +124,26 @@ class ModelParams(HasFeaturesCol, HasInputCols, HasLabelCol, HasPredictionCol, H
     def setHandleInvalid(self: P, value: str) -> P:
         """Set :py:attr:`handleInvalid`."""
         return self._set(handleInvalid=value)
+
+    def getOutputKind(self) -> Any:
+        """Get :py:attr:`outputKind`."""
+        return self.getOrDefault(self.outputKind)
+
+    def setOutputKind(self: P, value: str | dict[str, str]) -> P:
+        """Set :py:attr:`outputKind`."""
+        return self._set(outputKind=value)
+
+    def setThreshold(self: P, value: float) -> P:
+        """Set :py:attr:`threshold`."""
+        return self._set(threshold=value)
+
+    def getOutputCols(self) -> dict[str, str]:
+        """Get :py:attr:`outputCols`."""
+        return self.getOrDefault(self.outputCols)
+
+    def setOutputCols(self: P, value: dict[str, str]) -> P:
+        """Set :py:attr:`outputCols`."""
+        return self._set(outputCols=value)
 
     def setLabelCol(self: P, value: str) -> P:
         """Set :py:attr:`labelCol`."""
@@ -136,6 +188,14 @@ class ModelParams(HasFeaturesCol, HasInputCols, HasLabelCol, HasPredictionCol, H
             raise ParamError("inputCols=[]: must name at least one column")
         return (columns.features(schema, "inputCols", list(self.getInputCols())),)
 
+    def outputChoice(self) -> Choice:
+        """What the params say of the model's outputs."""
+        return Choice(
+            kinds=self.getOutputKind(),
+            threshold=self.getThreshold() if self.isSet("threshold") else None,
+            columns=self.getOutputCols() if self.isSet("outputCols") else {},
+        )
+
 
 class RunningParams(HasCheckpointInterval):
     """Params of how a gang runs, whatever it trains."""
@@ -164,6 +224,13 @@ class RunningParams(HasCheckpointInterval):
         "where every worker has a GPU, else ring.",
         choice("collective", ("auto", "ring", "native")),
     )
+    useGpu: Param[bool] = param(
+        "useGpu",
+        "Whether workers use GPUs: True demands that Spark assigns one to every task "
+        "(spark.task.resource.gpu.amount), False hides those that it assigns. If it is not set, workers use what Spark "
+        "assigns.",
+        boolean("useGpu"),
+    )
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -188,6 +255,14 @@ class RunningParams(HasCheckpointInterval):
     def setCheckpointInterval(self: P, value: int) -> P:
         """Set :py:attr:`checkpointInterval`."""
         return self._set(checkpointInterval=value)
+
+    def getUseGpu(self) -> bool:
+        """Get :py:attr:`useGpu`."""
+        return self.getOrDefault(self.useGpu)
+
+    def setUseGpu(self: P, value: bool) -> P:
+        """Set :py:attr:`useGpu`."""
+        return self._set(useGpu=value)
 
     def getCollective(self) -> str:
         """Get :py:attr:`collective`."""
@@ -223,6 +298,12 @@ class TrainingParams(ModelParams, RunningParams, HasWeightCol, HasValidationIndi
     epochs: Param[int] = param(
         "epochs", "How many times training passes over the rows (>= 1).", integer("epochs", low=1)
     )
+    stepsPerEpoch: Param[int] = param(
+        "stepsPerEpoch",
+        "Optimizer steps of an epoch (>= 1), for epochs shorter or longer than a pass over the rows: the next one goes "
+        "on where the last has stopped. If it is not set, an epoch is a pass.",
+        integer("stepsPerEpoch", low=1),
+    )
     batchSize: Param[int] = param(
         "batchSize",
         "Rows per optimizer step, over all workers together: each worker takes batchSize / numWorkers of "
@@ -239,6 +320,12 @@ class TrainingParams(ModelParams, RunningParams, HasWeightCol, HasValidationIndi
         "Whether the rows come in another order in every epoch. If False they come in the order of the "
         "DataFrame, each worker reading one contiguous share.",
         boolean("shuffle"),
+    )
+    seed: Param[int] = param(
+        "seed",
+        "Seed of the initial weights, the order of rows, the split and dropout (a whole number). The same seed, rows "
+        "and numWorkers give the same weights to the last bit, on CPU.",
+        integer("seed"),
     )
     learningRate: Param[float] = param(
         "learningRate",
@@ -355,6 +442,14 @@ class TrainingParams(ModelParams, RunningParams, HasWeightCol, HasValidationIndi
         """Set :py:attr:`epochs`."""
         return self._set(epochs=value)
 
+    def getStepsPerEpoch(self) -> int:
+        """Get :py:attr:`stepsPerEpoch`."""
+        return self.getOrDefault(self.stepsPerEpoch)
+
+    def setStepsPerEpoch(self: P, value: int) -> P:
+        """Set :py:attr:`stepsPerEpoch`."""
+        return self._set(stepsPerEpoch=value)
+
     def getBatchSize(self) -> int:
         """Get :py:attr:`batchSize`."""
         return self.getOrDefault(self.batchSize)
@@ -436,6 +531,15 @@ class TrainingParams(ModelParams, RunningParams, HasWeightCol, HasValidationIndi
                 f"classWeights={self.getClassWeights()!r} with labels={self.getLabels()!r}: weights of classes are "
                 "those of one label; weight the rows with weightCol"
             )
+        if self.isSet("outputCols"):
+            known = self.getLabels() if self.isSet("labels") else {}
+            unknown = [name for name in self.getOutputCols() if name not in known]
+            if unknown:
+                raise ParamError(
+                    f"outputCols names the outputs {', '.join(map(repr, unknown))}, and labels "
+                    f"{', '.join(map(repr, known)) or 'none'}: it is for models of several outputs, by the names in "
+                    "labels; for one output set predictionCol"
+                )
         indicator = self.isDefined("validationIndicatorCol") and self.getValidationIndicatorCol()
         if indicator and self.getValidationFraction() > 0:
             raise ParamError(

@@ -44,6 +44,8 @@ class Schedule:
         Steps between two checkpoints; None for about a minute; 0 for none.
     nonFiniteLoss : {"error", "ignore"}
         Whether a loss that is NaN or infinite ends the training.
+    stepsPerEpoch : int or None
+        Steps of an epoch; None for a pass over the rows.
     """
 
     epochs: int
@@ -54,6 +56,7 @@ class Schedule:
     classWeights: dict[int, float] = field(default_factory=dict)
     checkpointInterval: int | None = None
     nonFiniteLoss: Literal["error", "ignore"] = "error"
+    stepsPerEpoch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ class Trainer(ABC):
             batch=self.schedule.batch // gang.world,
             seed=self.schedule.seed,
             shuffle=self.schedule.shuffle and split == "train",
+            steps=self.schedule.stepsPerEpoch if split == "train" else None,
             cache=self._cache(gang, manifest),
             scratch=gang.scratch,
             timeout=gang.timeout,
@@ -168,7 +172,8 @@ class Trainer(ABC):
             return self.schedule.cache
         needed = int((manifest.rows("train") + manifest.rows("validation")) * manifest.row_bytes)
         # In the end each rank keeps all row groups. One epoch would not use what it keeps.
-        return "memory" if self.schedule.epochs > 1 and memory.fits(needed, gang.neighbours) else "none"
+        repeated = self.schedule.epochs > 1 or self.schedule.stepsPerEpoch is not None
+        return "memory" if repeated and memory.fits(needed, gang.neighbours) else "none"
 
 
 def row_weights(block: Block, weights: dict[int, float]) -> np.ndarray | None:

@@ -163,5 +163,11 @@ def skip(windows: Sequence[Window], rows: int) -> tuple[list[Window], int]:
     return [], 0
 
 
+def first(windows: Sequence[Window], rows: int) -> list[Window]:
+    """The first windows that hold so many rows."""
+    ends = np.cumsum([window.rows for window in windows])
+    return list(windows[: int(np.searchsorted(ends, rows)) + 1]) if rows else []
+
+
 def _window(slices: list[Slice], seed: int, number: int, rank: int, place: int, shuffle: bool) -> Window:
     return Window(tuple(slices), (seed, number, rank, place) if shuffle else None)

@@ -39,6 +39,15 @@ _VENTILATION_S = 0.002  # how often the ventilator looks for room: Petastorm's 0
 _DISK_LIMIT = 1 << 40  # bytes: the disk sets the limit, not the cache
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Batches `first` to `last` (excluded) of a pass over the rows; `lap` says which pass, counted from 0."""
+
+    lap: int
+    first: int
+    last: int
+
+
 class Stream:
     """The batches of one rank.
 
@@ -53,11 +62,14 @@ class Stream:
     rank, world : int
         Whose share, in a gang of how many.
     batch : int
-        Rows of a batch; the last of an epoch may have fewer.
+        Rows of a batch; the last of a pass may have fewer.
     seed : int
         Seed of the order.
     shuffle : bool
         Whether the order changes with the epoch; False keeps the order of the DataFrame.
+    steps : int, optional
+        Batches of an epoch, where that is to be no pass over the rows: the next epoch goes on where the last has
+        stopped.
     threads : int, optional
         Threads that read: by default 2 from a local disk, 4 from elsewhere. The order does not depend on them.
     cache : {"none", "memory", "disk"}
@@ -80,6 +92,7 @@ class Stream:
         batch: int,
         seed: int,
         shuffle: bool,
+        steps: int | None = None,
         threads: int | None = None,
         cache: Cache = "none",
         scratch: Path | None = None,
@@ -94,6 +107,11 @@ class Stream:
         self.seed = seed
         self.shuffle = shuffle
         self.equal = split == "train"
+        total = sum(group.rows for group in self.groups)
+        start, stop = plan.share(total, rank, world, equal=self.equal)
+        self.passRows = stop - start
+        self.passSteps = -(-self.passRows // batch)
+        self.steps = steps or self.passSteps
         self.timeout = timeout
         self._running: Generator[Block, None, None] | None = None
         self._desk: _Desk = _Library(manifest.tensors, self.groups) if cache == "memory" else _Desk(manifest.tensors)
@@ -102,27 +120,39 @@ class Stream:
 
     @property
     def rows(self) -> int:
-        """Rows of an epoch on this rank."""
-        total = sum(group.rows for group in self.groups)
-        start, stop = plan.share(total, self.rank, self.world, equal=self.equal)
-        return stop - start
+        """Rows of the first epoch on this rank; later ones may have some more or less, where an epoch is no pass."""
+        return sum(self._rows(part) for part in self.stretches(0))
 
     @property
-    def steps(self) -> int:
-        """Batches of an epoch on this rank."""
-        return -(-self.rows // self.batch)
+    def most(self) -> int:
+        """Stretches that an epoch has at most."""
+        return 1 if self.steps == self.passSteps else -(-self.steps // self.passSteps) + 1
+
+    def stretches(self, number: int, start: int = 0) -> list[Stretch]:
+        """The parts of passes that make up an epoch, without so many batches at its beginning."""
+        parts = []
+        begin, end = number * self.steps + start, (number + 1) * self.steps
+        while begin < end:
+            lap, first = divmod(begin, self.passSteps)
+            last = min(self.passSteps, first + end - begin)
+            parts.append(Stretch(lap, first, last))
+            begin += last - first
+        return parts
 
     def epoch(self, number: int, *, start: int = 0, batches: int = 1) -> Iterator[Block]:
-        """The batches of an epoch, counted from 0: a block of each tensor by name.
+        """The batches of an epoch, counted from 0, without so many at its beginning (see :meth:`blocks`)."""
+        for part in self.stretches(number, start):
+            yield from self.blocks(part, batches)
 
-        There is one epoch at a time: to begin one ends the one before, wherever that is.
+    def blocks(self, part: Stretch, batches: int = 1) -> Iterator[Block]:
+        """The batches of a part of a pass: a block of each tensor by name.
+
+        There is one at a time: to begin one ends the one before, wherever that is.
 
         Parameters
         ----------
-        number : int
-            The epoch.
-        start : int
-            Batches to leave out at the beginning, as a training does that goes on in mid-epoch.
+        part : Stretch
+            Of which pass which batches.
         batches : int
             Batches that come together as one block.
 
@@ -142,14 +172,15 @@ class Stream:
             [group.rows for group in self.groups],
             rank=self.rank,
             world=self.world,
-            number=number,
+            number=part.lap,
             seed=self.seed,
             shuffle=self.shuffle,
             equal=self.equal,
             window_rows=plan.WINDOW_GROUPS * self.manifest.group_rows,
         )
-        left, skipped = plan.skip(windows, start * self.batch)
-        expected = max(0, self.rows - start * self.batch)
+        left, skipped = plan.skip(windows, part.first * self.batch)
+        expected = self._rows(part)
+        left = plan.first(left, skipped + expected)
         if self._running is not None:
             self._running.close()  # both would lay their windows in the same place
         self._running = self._blocks(left, skipped, batches * self.batch, expected)
@@ -159,6 +190,9 @@ class Stream:
         """Give back what the cache holds."""
         self._desk.close()
         self._reading.close()
+
+    def _rows(self, part: Stretch) -> int:
+        return min(part.last * self.batch, self.passRows) - part.first * self.batch
 
     def _blocks(
         self, windows: Sequence[plan.Window], skipped: int, size: int, expected: int
@@ -171,6 +205,7 @@ class Stream:
         with closing(self._read(wanted)) as arriving:
             for window in windows:
                 arrays, rows = self._desk.lay(window, arriving)
+                rows = rows[: skipped + expected - delivered]
                 place, skipped = skipped, 0
                 while place < len(rows):
                     if small and not filled and len(rows) - place >= size:

@@ -75,12 +75,15 @@ class Gang:
         Seconds that a rank may keep silent, and that it waits for anything.
     retries : int
         How often to begin again after a failure that is not the function's.
+    gpus : bool or None
+        Whether every task must have a GPU, or none may see one; None for what Spark assigns.
     """
 
     spark: SparkSession
     world: int
     timeout: float = 600.0
     retries: int = 0
+    gpus: bool | None = None
 
     def check(self) -> None:
         """Check that the cluster can run all tasks at the same time.
@@ -98,6 +101,12 @@ class Gang:
             raise ClusterError(
                 "spark.dynamicAllocation.enabled=true, but all tasks of a training must run at the same time "
                 "and Spark cannot promise that while executors come and go: set it to false"
+            )
+        amount = float(self.spark.conf.get("spark.task.resource.gpu.amount", None) or 0)
+        if self.gpus and not amount:
+            raise ParamError(
+                "useGpu=True, but Spark assigns no GPU to its tasks: set spark.task.resource.gpu.amount (and "
+                "spark.executor.resource.gpu.amount with its discovery script), or leave useGpu out"
             )
         slots = self._slots(_REGISTRATION)
         if slots is not None and slots < self.world:
@@ -125,7 +134,7 @@ class Gang:
             idle = -1.0
         if not 0 <= idle < float("inf"):
             raise ParamError(f"the Spark conf {IDLE_CONF}={value!r}: must be a number of seconds, 0 or more")
-        return Home(variables, preload, idle)
+        return Home(variables, preload, idle, gpus=self.gpus is not False)
 
     def warm(self, home: Home) -> None:
         """Have the executors import what the ranks need; returns as soon as they have begun."""

@@ -160,16 +160,19 @@ class Home:
         What the fork server does beforehand (see :class:`~spark_nn.gang.forkserver.ForkServer`).
     idle : float
         Seconds that the fork server stays without anything to do; 0 for none.
+    gpus : bool
+        Whether it sees the GPUs that Spark assigns to its task.
     """
 
     variables: dict[str, str] = field(default_factory=dict)
     preload: tuple[str, ...] = ()
     idle: float = 0.0
+    gpus: bool = True
 
     def environment(self, context: TaskContext) -> dict[str, str]:
         """The environment of the process of a task."""
         resources = context.resources()
-        gpus = resources["gpu"].addresses if "gpu" in resources else []
+        gpus = resources["gpu"].addresses if self.gpus and "gpu" in resources else []
         return child_environment(os.environ, context.cpus(), gpus) | self.variables
 
     def server(self, environment: dict[str, str]) -> ForkServer | None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar, cast
 from pyspark import keyword_only
 from pyspark.ml.param import Param
 
-from spark_nn.converters import param, plain_dict
+from spark_nn.converters import loss_weights, param, plain_dict
 from spark_nn.errors import ParamError
 from spark_nn.estimator import NeuralEstimator, NeuralModel
 from spark_nn.keras import codec
@@ -112,6 +112,9 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         In place of the optimizer's own (> 0).
     loss : str, keras.losses.Loss, function, or a dict or list of them for several outputs, optional
         As ``compile`` takes it. Default: the compiled model's own. The output columns follow from it.
+    lossWeights : float, or a list or dict of them by the outputs' names, optional
+        How much the loss of each output counts (>= 0), as ``compile`` takes it. Default: the compiled model's own,
+        else 1.
     metrics : list or dict, optional
         As ``compile`` takes them. Default: the compiled model's own.
     featuresCol : str, default ``"features"``
@@ -129,6 +132,13 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         Weight of each row's loss (>= 0).
     predictionCol, probabilityCol, rawPredictionCol : str, optional
         Names of the output columns; an empty name leaves the column out.
+    outputKind : {"auto", "regression", "binary", "multiclass", "raw"}, or a dict of them by outputs, default ``"auto"``
+        What the model puts out, which decides the output columns (see Notes); ``"auto"`` goes by the loss.
+    threshold : float, default 0.5
+        Of a binary output: probability of class 1 above which the prediction is 1 (0 <= x <= 1).
+    outputCols : dict, optional
+        For models of several outputs: each output's name, and the column that its prediction goes to; an empty name
+        leaves all columns of that output out.
     validationFraction : float, default 0.0
         Share of the rows held back to measure after every epoch.
     validationIndicatorCol : str, optional
@@ -140,6 +150,8 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         How much the rows of each class count in the loss: class to weight, 1 for a class that is not named.
     epochs : int, default 1
         Passes over the rows.
+    stepsPerEpoch : int, optional
+        Optimizer steps of an epoch, where that is to be no pass: the next epoch goes on where the last has stopped.
     batchSize : int, default 32
         Rows per optimizer step over all workers together, a multiple of `numWorkers`.
     numWorkers : int, default 1
@@ -163,6 +175,9 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
     collective : {"auto", "ring", "native"}, default ``"auto"``
         How workers exchange gradients: by our own ring of TCP connections, or by TensorFlow's collective operations
         (NCCL between GPUs). ``"auto"`` is native where every worker has a GPU.
+    useGpu : bool, optional
+        True demands that Spark assigns a GPU to every task, False hides those that it assigns. Default: workers use
+        what Spark assigns.
     timeout : float, default 600.0
         Seconds after which a worker that gives no sign of life ends the attempt.
     maxRetries : int, default 3
@@ -174,12 +189,12 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
 
     Notes
     -----
-    The loss decides the output columns. Squared, absolute, Huber, log-cosh and Poisson errors on one unit
-    give ``prediction`` (double); binary cross-entropy on one unit gives ``rawPrediction``, ``probability``
-    (Vectors of 2) and ``prediction``, where ``rawPrediction`` holds what the model puts out: logits only with
-    ``from_logits``, else probabilities; (sparse) categorical cross-entropy gives the same with one element per
-    class; anything else gives the model's output as an array in ``prediction``. ``from_logits`` is honoured. Of
-    several outputs each gives the same columns with its name, as ``prediction_price``.
+    With ``outputKind="auto"`` the loss decides the output columns. Squared, absolute, Huber, log-cosh and Poisson
+    errors on one unit give ``prediction`` (double); binary cross-entropy on one unit gives ``rawPrediction``,
+    ``probability`` (Vectors of 2) and ``prediction``, where ``rawPrediction`` holds what the model puts out: logits
+    only with ``from_logits``, else probabilities; (sparse) categorical cross-entropy gives the same with one element
+    per class; anything else is ``"raw"`` and gives the model's output as an array in ``prediction``. ``from_logits``
+    is honoured. Of several outputs each gives the same columns with its name, as ``prediction_price``.
 
     The rows are written once to the store, in the order of the DataFrame or mixed by `seed`. Another fit on rows of
     the same content, at the latest a minute later (Spark conf ``spark.nn.datasetIdleSeconds``), uses what is there.
@@ -223,6 +238,12 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         "decides the output columns. For several outputs a dict of losses by their names, or a list.",
         _settings("loss", "'mse' or keras.losses.MeanSquaredError()", (list, dict)),
     )
+    lossWeights: Param[Any] = param(
+        "lossWeights",
+        "How much the loss of each output counts (>= 0): a number, a list in the order of the outputs, or a dict of "
+        "their names. Default: those of the compiled model, else 1.",
+        loss_weights,
+    )
     metrics: Param[Any] = param(
         "metrics",
         "List of metrics, by name, as keras.metrics.Metric or as functions; for several outputs a dict of such lists "
@@ -252,6 +273,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         optimizer: Any = None,
         learningRate: float | None = None,
         loss: Any = None,
+        lossWeights: float | list[float] | dict[str, float] | None = None,
         metrics: list[Any] | dict[str, Any] | None = None,
         featuresCol: str = "features",
         inputCols: list[str] | None = None,
@@ -262,11 +284,15 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         predictionCol: str = "prediction",
         probabilityCol: str = "probability",
         rawPredictionCol: str = "rawPrediction",
+        outputKind: str | dict[str, str] = "auto",
+        threshold: float = 0.5,
+        outputCols: dict[str, str] | None = None,
         validationFraction: float = 0.0,
         validationIndicatorCol: str | None = None,
         handleInvalid: str = "error",
         classWeights: dict[int, float] | None = None,
         epochs: int = 1,
+        stepsPerEpoch: int | None = None,
         batchSize: int = 32,
         numWorkers: int = 1,
         shuffle: bool = True,
@@ -276,6 +302,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         storeUrl: str | None = None,
         cache: str = "auto",
         collective: str = "auto",
+        useGpu: bool | None = None,
         timeout: float = 600.0,
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
@@ -295,6 +322,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         optimizer: Any = None,
         learningRate: float | None = None,
         loss: Any = None,
+        lossWeights: float | list[float] | dict[str, float] | None = None,
         metrics: list[Any] | dict[str, Any] | None = None,
         featuresCol: str = "features",
         inputCols: list[str] | None = None,
@@ -305,11 +333,15 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         predictionCol: str = "prediction",
         probabilityCol: str = "probability",
         rawPredictionCol: str = "rawPrediction",
+        outputKind: str | dict[str, str] = "auto",
+        threshold: float = 0.5,
+        outputCols: dict[str, str] | None = None,
         validationFraction: float = 0.0,
         validationIndicatorCol: str | None = None,
         handleInvalid: str = "error",
         classWeights: dict[int, float] | None = None,
         epochs: int = 1,
+        stepsPerEpoch: int | None = None,
         batchSize: int = 32,
         numWorkers: int = 1,
         shuffle: bool = True,
@@ -319,6 +351,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         storeUrl: str | None = None,
         cache: str = "auto",
         collective: str = "auto",
+        useGpu: bool | None = None,
         timeout: float = 600.0,
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
@@ -368,6 +401,14 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
     def setLoss(self: E, value: Any) -> E:
         """Set :py:attr:`loss`."""
         return self._set(loss=value)
+
+    def getLossWeights(self) -> Any:
+        """Get :py:attr:`lossWeights`."""
+        return self.getOrDefault(self.lossWeights)
+
+    def setLossWeights(self: E, value: float | list[float] | dict[str, float]) -> E:
+        """Set :py:attr:`lossWeights`."""
+        return self._set(lossWeights=value)
 
     def getMetrics(self) -> Any:
         """Get :py:attr:`metrics`: names, functions, or dicts that ``keras.metrics.deserialize`` takes."""
@@ -449,10 +490,12 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
             arguments=self.getModelParams(),
             optimizer=given("optimizer"),
             loss=given("loss"),
+            lossWeights=given("lossWeights"),
             metrics=given("metrics"),
             learningRate=given("learningRate"),
             callbacks=given("callbacks"),
             collective=self.getCollective(),  # type: ignore[arg-type]
+            outputs=self.outputChoice(),
         )
         return KerasTrainer(schedule, recipe)
 

@@ -52,12 +52,19 @@ class Feed:
         stream = self.stream
         batches = max(1, int(_BLOCK_BYTES / (stream.batch * stream.manifest.row_bytes)))
         signature = self._parts(self._specs(tf, (None, stream.batch)))
-        whole = tf.data.Dataset.from_generator(
-            lambda: self._watched(self._blocks(batches, start)), output_signature=signature
-        )
-        # An epoch's last batch may be smaller than the others, and then is not one of a block.
-        rest = tf.data.Dataset.from_generator(self._rest, output_signature=self._parts(self._specs(tf, (None,))))
-        joined = whole.prefetch(1).unbatch().concatenate(rest)
+        signature_of_rest = self._parts(self._specs(tf, (None,)))
+
+        def stretch(place: int) -> Any:
+            whole = tf.data.Dataset.from_generator(
+                lambda: self._watched(self._blocks(place, batches, start)), output_signature=signature
+            )
+            # A pass's last batch may be smaller than the others, and then is not one of a block.
+            rest = tf.data.Dataset.from_generator(self._rest, output_signature=signature_of_rest)
+            return whole.prefetch(1).unbatch().concatenate(rest)
+
+        joined = stretch(0)
+        for place in range(1, stream.most):
+            joined = joined.concatenate(stretch(place))
         counted = joined.apply(tf.data.experimental.assert_cardinality(stream.steps - start))
         # Beside a GPU that computes, a thread that brings the next batch is free; on a CPU it takes a core from those
         # that compute, and so does the tuning of a pipeline that has nothing to tune.
@@ -103,11 +110,14 @@ class Feed:
             self._error = error
             raise
 
-    def _blocks(self, batches: int, start: int) -> Iterator[tuple[Any, ...]]:
-        """Blocks of whole batches, of shape ``(batches, batch) + shape``; what is left of an epoch is kept."""
+    def _blocks(self, place: int, batches: int, start: int) -> Iterator[tuple[Any, ...]]:
+        """Blocks of whole batches of a stretch, of shape ``(batches, batch) + shape``; what is left is kept."""
         batch = self.stream.batch
         self._left = None
-        for block in self.stream.epoch(self.epoch, start=start, batches=batches):
+        stretches = self.stream.stretches(self.epoch, start)
+        if place >= len(stretches):
+            return
+        for block in self.stream.blocks(stretches[place], batches):
             weights = row_weights(block, self.classWeights)
             if weights is not None:
                 block = {**block, "weight": weights}

@@ -9,7 +9,7 @@ import contextlib
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, ClassVar, Literal
@@ -26,7 +26,9 @@ from spark_nn.gang.context import GangContext
 from spark_nn.keras import codec
 from spark_nn.keras.describe import describe_outputs
 from spark_nn.keras.feed import Feed
+from spark_nn.keras.names import check_name
 from spark_nn.keras.pace import steps_per_execution
+from spark_nn.outputs import Choice, Output
 from spark_nn.trainer import Schedule, Trained, Trainer, check_digests, publish
 
 # Where the driver leaves a model instance for the ranks, and the fitted model to go on from.
@@ -48,7 +50,7 @@ class Recipe:
         Whether it left a fitted one there, whose weights are the first ones.
     arguments : dict
         Keyword arguments of the function.
-    optimizer, loss, metrics : object or None
+    optimizer, loss, lossWeights, metrics : object or None
         As ``keras.Model.compile`` takes them, or as :func:`spark_nn.keras.codec.plain` made them.
     learningRate : float or None
         In place of the optimizer's own.
@@ -56,6 +58,8 @@ class Recipe:
         Keras callbacks, or a function that returns them.
     collective : {"auto", "ring", "native"}
         How gradients are averaged.
+    outputs : Choice
+        What the user says of the outputs.
     """
 
     function: Callable[..., Any] | None
@@ -64,10 +68,12 @@ class Recipe:
     arguments: dict[str, Any]
     optimizer: Any
     loss: Any
+    lossWeights: Any
     metrics: Any
     learningRate: float | None
     callbacks: Any
     collective: Literal["auto", "ring", "native"] = "auto"
+    outputs: Choice = field(default_factory=Choice)
 
 
 class KerasTrainer(Trainer):
@@ -121,6 +127,7 @@ class KerasTrainer(Trainer):
         if before is not None:
             _take_optimizer(model, before)
         outputs = describe_outputs(model, put_out, manifest.role("label"))
+        self.recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
         order = tuple(outputs) if isinstance(put_out, (list, tuple)) and len(outputs) > 1 else None
         feed = Feed(data, self.schedule.classWeights, order)
         with _random_numbers_kept():
@@ -209,15 +216,12 @@ class KerasTrainer(Trainer):
         """Compile with the params that were given; the model's own settings hold for the others."""
         recipe = self.recipe
         own = dict(model._compile_config.config) if model.compiled else {}
-        given = {
-            name: codec.restore(value)
-            for name, value in (
-                ("optimizer", recipe.optimizer),
-                ("loss", recipe.loss),
-                ("metrics", recipe.metrics),
-            )
-            if value is not None
-        }
+        params = {"optimizer": recipe.optimizer, "loss": recipe.loss, "metrics": recipe.metrics}
+        given = {name: codec.restore(value) for name, value in params.items() if value is not None}
+        for name, value in given.items():
+            check_name(name, value)
+        if recipe.lossWeights is not None:
+            given["loss_weights"] = recipe.lossWeights
         if given or not model.compiled:
             settings = {**own, **given}
             if settings.get("loss") is None:

@@ -189,6 +189,23 @@ def test_going_on_reads_no_window_that_lies_before(tmp_path, monkeypatch):
     assert sum(part.rows for part in read) == 1800
 
 
+@pytest.mark.parametrize("steps", [1, 10, 83, 84, 85, 200])
+def test_epochs_that_are_no_passes_go_on_where_the_last_has_stopped(tmp_path, steps, cache):
+    run, manifest = write(tmp_path, [5000, 331], shuffle=True)
+    whole = stream(run, manifest, shuffle=True)
+    assert whole.steps == 84
+    kept = stream(run, manifest, shuffle=True, steps=steps, **cache)
+    epochs = 5
+    passes = sum((labels(whole.epoch(lap)) for lap in range(-(-epochs * steps // 84))), [])
+    got = [labels(kept.epoch(number)) for number in range(epochs)]
+    assert got == [passes[number * steps : (number + 1) * steps] for number in range(epochs)]
+    assert kept.rows == sum(map(len, got[0]))
+    assert max(len(kept.stretches(number)) for number in range(100)) <= kept.most
+    for start in (1, steps - 1):
+        assert labels(kept.epoch(2, start=start)) == got[2][start:]
+    kept.close()
+
+
 @pytest.mark.parametrize("batches", [2, 7, 1000])
 def test_blocks_are_the_same_batches_side_by_side(tmp_path, batches, cache):
     run, manifest = write(tmp_path, [1000, 531], shuffle=True)

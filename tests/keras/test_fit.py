@@ -264,6 +264,77 @@ def test_multiclass_outputs_suit_sparks_evaluators(spark, store, model_args, los
     assert [row.prediction for row in rows] == raw.argmax(axis=1).astype(float).tolist()
 
 
+def test_epochs_of_so_many_steps_equal_keras_on_the_same_batches(spark, store):
+    df = data(spark)
+    x, y, _ = arrays(df)
+    fitted = estimator(store, optimizer="sgd", epochs=3, stepsPerEpoch=9, validationFraction=0.0).fit(df)
+    import keras
+
+    keras.utils.set_random_seed(11)
+    model = models.mlp()
+    model.compile("sgd", "binary_crossentropy")
+    batches = [slice(start, start + 32) for start in range(0, len(x), 32)]  # 13, the last of 19 rows
+    losses = []
+    for step in range(27):
+        rows = batches[step % 13]
+        losses.append((model.train_on_batch(x[rows], y[rows]), len(x[rows])))
+        model.reset_metrics()
+    assert models.relative(fitted.model.get_weights(), model.get_weights()) < 1e-5
+    for epoch in range(3):
+        parts = losses[epoch * 9 : (epoch + 1) * 9]
+        mean = sum(loss * rows for loss, rows in parts) / sum(rows for _, rows in parts)
+        assert fitted.summary.history["loss"][epoch] == pytest.approx(mean, rel=1e-5)
+
+
+def test_the_kind_and_the_threshold_decide_the_output_columns(spark, store):
+    df = data(spark)
+    hinge = estimator(store, model=models.mlp, loss="mse", outputKind="binary", threshold=0.55, epochs=2)
+    model = hinge.fit(df)
+    rows = model.transform(df).collect()
+    one = model.model.predict(arrays(df)[0], verbose=0)[:, 0]
+    np.testing.assert_allclose([row.probability[1] for row in rows], one, rtol=1e-6)
+    assert [row.prediction for row in rows] == [float(each > 0.55) for each in one]
+    assert 0 < sum(row.prediction for row in rows) < len(rows)
+    # A model's params may be changed after the fit, which changes columns and not weights.
+    number = model.copy({model.outputKind: "regression", model.threshold: 0.5})
+    number.clear(number.threshold)
+    scored = number.transform(df)
+    assert scored.columns == [*df.columns, "prediction"]
+    np.testing.assert_allclose([row.prediction for row in scored.collect()], one, rtol=1e-6)
+    with pytest.raises(ParamError, match="outputKind='multiclass' needs one element per class"):
+        model.copy({model.outputKind: "multiclass"}).transform(df)
+    with pytest.raises(TrainingError, match="outputKind='multiclass' needs one element per class"):
+        hinge.copy({hinge.outputKind: "multiclass"}).fit(df)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"loss": "binary_crosentropy"},
+            "loss='binary_crosentropy': Keras has no loss.*did you mean 'binary_crossentropy'",
+        ),
+        ({"optimizer": "adamm"}, "optimizer='adamm': Keras has no optimizer.*'Adam'"),
+        ({"metrics": ["auc", "acuracy"]}, "metrics='acuracy': Keras has no metric.*'accuracy'"),
+    ],
+)
+def test_names_that_keras_does_not_know_are_told_with_near_ones(spark, store, settings, message):
+    with pytest.raises(TrainingError, match=message) as caught:
+        estimator(store, **settings).fit(data(spark))
+    assert caught.value.phase == "build"
+
+
+def test_names_that_keras_knows_pass():
+    from spark_nn.keras.names import check_name
+
+    for param, value in (
+        ("loss", ["mse", "MeanSquaredError", {"a": "kl_divergence"}]),
+        ("optimizer", "rmsprop"),
+        ("metrics", {"a": ["acc", "mae", "AUC", None]}),
+    ):
+        check_name(param, value)
+
+
 def test_an_unknown_loss_gives_the_raw_output(spark, store):
     df = data(spark).withColumn("label", F.expr("array(a, b)"))
     model = estimator(store, modelParams={"outputs": 2}, loss="hinge").fit(df)
