@@ -7,10 +7,7 @@ there (the :class:`~spark_nn.trainer.Trainer` it returns), what loads the result
 
 from __future__ import annotations
 
-import functools
-import threading
 import time
-import weakref
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,10 +19,10 @@ from pyspark.ml.util import MLReadable, MLReader, MLWritable, MLWriter
 
 from spark_nn import columns
 from spark_nn.columns import Tensor
-from spark_nn.dataset.lease import Source
 from spark_nn.dataset.manifest import Manifest
-from spark_nn.dataset.materialize import Spec, check_count
+from spark_nn.dataset.materialize import Spec
 from spark_nn.errors import ColumnError, ModelFileError, ParamError, SparkNNError
+from spark_nn.fits import Fits
 from spark_nn.gang.launch import Gang, Outcome
 from spark_nn.outputs import Output, Outputs, columns_of
 from spark_nn.params import ModelParams, TrainingParams
@@ -90,11 +87,14 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
         """An empty model."""
 
     def _fit(self, dataset: DataFrame) -> M:
-        with Source(dataset) as source:
-            return self._fitOn(source)
+        ((_, model),) = Fits(dataset, [self._checked(dataset)])
+        return model
 
     def fitMultiple(self, dataset: DataFrame, paramMaps: Sequence[ParamMap]) -> Iterator[tuple[int, M]]:
-        """Fit a model for each param map; the rows are written once for all maps that use the same of them.
+        """Fit a model for each param map, in one start of the gang and on rows that are written once.
+
+        Maps with ``numWorkers=1`` are trained side by side, as many as the cluster has room for; maps of several
+        workers one after the other.
 
         Parameters
         ----------
@@ -106,44 +106,37 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
         Returns
         -------
         iterator
-            Yields the index of a map and its model; threads may share it, and the order is that of completion.
-        """
-        return _Fits(self.copy(), dataset, paramMaps)
+            Yields the index of a map and its model; threads may share it, and the order is that of completion. Where a
+            training fails, its turn raises the error, and the others go on.
 
-    def _fitOn(self, source: Source) -> M:
-        clock = [time.monotonic()]
+        Raises
+        ------
+        ParamError, ColumnError, ClusterError
+            A map holds what cannot be; nothing has been started.
+        """
+        estimators = [self.copy(each) for each in paramMaps]
+        return Fits(dataset, [each._checked(dataset) for each in estimators])
+
+    def _checked(self, dataset: DataFrame) -> _Fit[M]:
+        """The fit of this estimator on a DataFrame, after all that can be wrong before anything is started."""
+        began = time.monotonic()
         self.checkTrainingParams()
         self._check()
-        dataset = source.dataset
-        gang = Gang(
-            dataset.sparkSession,
-            self.getNumWorkers(),
-            self.getTimeout(),
-            self.getMaxRetries(),
-            self.getUseGpu() if self.isDefined("useGpu") else None,
-        )
         schedule = self._schedule()
         spec = self._spec(dataset.schema, schedule)
+        gpus = self.getUseGpu() if self.isDefined("useGpu") else None
+        gang = Gang(dataset.sparkSession, self.getNumWorkers(), self.getTimeout(), self.getMaxRetries(), gpus)
         gang.check()
         store = store_url(dataset.sparkSession, self.getStoreUrl() if self.isDefined("storeUrl") else None)
-        with RunDir.open(store) as run:
-            trainer = self._trainer(schedule, run)
-            home = gang.home(trainer.environment, trainer.preload)
-            gang.warm(home)  # the executors import the framework while the rows are written
-            clock.append(time.monotonic())
-            data = source.lease(spec, store)
-            check_count(data.manifest, spec, gang.world)
-            clock.append(time.monotonic())
-            training = functools.partial(trainer, data=data.run)
-            outcome = gang.run(training, run, home=home, verbose=self.getVerbose())
-            trained = Trained(**outcome.value)
-            file = ModelFile.fetch(run, trained.file, trained.sha256)
+        return _Fit(self, gang, store, spec, schedule, began, time.monotonic() - began)
+
+    def _modelOf(self, trained: Trained, file: ModelFile, manifest: Manifest, summary: TrainingSummary) -> M:
+        """The model that training gave."""
         model = self._newModel()
         # CrossValidator sets grid values on the model by the estimator's params: they must share the uid.
         model._resetUid(self.uid)
         outputs = {name: Output.fromDict(output) for name, output in trained.outputs.items()}
-        summary = self._summary(trained, data.manifest, outcome, clock)
-        model._fitted = Fitted(file, data.manifest.role("features"), outputs, summary)
+        model._fitted = Fitted(file, manifest.role("features"), outputs, summary)
         return self._copyValues(model)
 
     def _spec(self, schema: StructType, schedule: Schedule) -> Spec:
@@ -168,29 +161,6 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
             skip=self.getHandleInvalid() == "skip",
         )
 
-    def _summary(
-        self, trained: Trained, manifest: Manifest, outcome: Outcome, clock: Sequence[float]
-    ) -> TrainingSummary:
-        """What the fit was like; `clock` holds when it began, and when checks were done and the rows there."""
-        began, checked, written = clock
-        return TrainingSummary(
-            history=trained.history,
-            rows=manifest.rows("train"),
-            validationRows=manifest.rows("validation"),
-            skippedRows=manifest.skipped,
-            numWorkers=self.getNumWorkers(),
-            rowsPerSecond=trained.rowsPerSecond,
-            epochSeconds=trained.epochSeconds,
-            restarts=outcome.restarts,
-            seconds={
-                "check": checked - began,
-                "materialize": written - checked,
-                **outcome.seconds,
-                **trained.seconds,
-                "total": time.monotonic() - began,
-            },
-        )
-
     def _schedule(self) -> Schedule:
         return Schedule(
             epochs=self.getEpochs(),
@@ -205,35 +175,46 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
         )
 
 
-class _Fits(Generic[M]):
-    """The fits of several param maps on one DataFrame, started by whichever thread asks for the next."""
+@dataclass(frozen=True)
+class _Fit(Generic[M]):
+    """A fit (see :class:`~spark_nn.fits.Fit`): the estimator's side of it."""
 
-    def __init__(self, estimator: NeuralEstimator[M], dataset: DataFrame, paramMaps: Sequence[ParamMap]) -> None:
-        self._estimator = estimator
-        self._maps = paramMaps
-        self._source = Source(dataset)
-        self._lock = threading.Lock()
-        self._begun = self._ended = 0
-        # Whoever drops the iterator half-way, as after an error, is done with the rows too.
-        weakref.finalize(self, self._source.close)
+    estimator: NeuralEstimator[M]
+    gang: Gang
+    store: str
+    spec: Spec
+    schedule: Schedule
+    began: float
+    checking: float
 
-    def __iter__(self) -> _Fits[M]:
-        return self
+    @property
+    def verbose(self) -> int:
+        return self.estimator.getVerbose()
 
-    def __next__(self) -> tuple[int, M]:
-        with self._lock:
-            index = self._begun
-            if index >= len(self._maps):
-                raise StopIteration
-            self._begun += 1
-        try:
-            return index, self._estimator.copy(self._maps[index])._fitOn(self._source)
-        finally:
-            with self._lock:
-                self._ended += 1
-                last = self._ended == len(self._maps)
-            if last:
-                self._source.close()
+    def trainer(self, run: RunDir) -> Trainer:
+        return self.estimator._trainer(self.schedule, run)
+
+    def model(self, outcome: Outcome, run: RunDir, manifest: Manifest, materializing: float) -> M:
+        trained = Trained(**outcome.value)
+        file = ModelFile.fetch(run, trained.file, trained.sha256)
+        summary = TrainingSummary(
+            history=trained.history,
+            rows=manifest.rows("train"),
+            validationRows=manifest.rows("validation"),
+            skippedRows=manifest.skipped,
+            numWorkers=self.gang.world,
+            rowsPerSecond=trained.rowsPerSecond,
+            epochSeconds=trained.epochSeconds,
+            restarts=outcome.restarts,
+            seconds={
+                "check": self.checking,
+                "materialize": materializing,
+                **outcome.seconds,
+                **trained.seconds,
+                "total": time.monotonic() - self.began,
+            },
+        )
+        return self.estimator._modelOf(trained, file, manifest, summary)
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,10 @@ class RunDir:
         threading.Thread(target=run._keep_alive, name="spark_nn-alive", daemon=True).start()
         return run
 
+    def below(self, name: str) -> RunDir:
+        """A directory below this one, which goes with it; it need not exist."""
+        return RunDir(f"{self.url}/{name}")
+
     def path(self, name: str) -> str:
         """The path of a file on the directory's filesystem."""
         return f"{self.root}/{name}"

@@ -31,10 +31,10 @@ class TrainingSummary:
         Why training was begun again, each time, after a machine had failed.
     seconds : dict of str to float
         Where the time of the fit went: ``check`` (params, columns, cluster), ``materialize`` (rows to Parquet, or
-        finding them there), ``lost`` (attempts that failed), ``start`` (Spark's tasks and the workers' processes),
-        ``import`` (of the framework, where that has not been done beforehand), ``build`` (the model, or from a
-        checkpoint), ``trace`` (until the first step is done), ``train`` (the rest, validation too), ``publish`` (the
-        model), ``finish`` (until the driver knows), and ``total``.
+        finding them there), ``lost`` (attempts that failed), ``wait`` (for other models of the same call), ``start``
+        (Spark's tasks and the workers' processes), ``import`` (of the framework, where that has not been done
+        beforehand), ``build`` (the model, or from a checkpoint), ``trace`` (until the first step is done), ``train``
+        (the rest, validation too), ``publish`` (the model), ``finish`` (until the driver knows), and ``total``.
     """
 
     history: dict[str, list[Any]]

@@ -66,6 +66,7 @@ def _obey(sock: socket.socket, order: dict[str, Any], function: bytes, listener:
     """Run the function, and leave its result or its failure."""
     run, rank, host = RunDir(order["run"]), order["rank"], order["host"]
     attempt = attempt_folder(run, order["attempt"])
+    gang = attempt_folder(RunDir(order["gang"]), order["attempt"])
     progress = Reporter(attempt, rank)
     line = _Line(sock)
     threading.Thread(target=_leave_with, args=(sock,), daemon=True).start()
@@ -90,7 +91,7 @@ def _obey(sock: socket.socket, order: dict[str, Any], function: bytes, listener:
         value = cloudpickle.loads(function)(context)
         progress.close()
         if rank == 0:
-            attempt.writeJson(RESULT, {"value": value, "began": began, "ended": time.time()})
+            attempt.writeJson(RESULT, {"value": value, "taken": order["taken"], "began": began, "ended": time.time()})
         # Nobody leaves before rank 0's result is in the store: a rank that leaves early may still fail.
         collective.barrier()
         collective.close()
@@ -101,7 +102,7 @@ def _obey(sock: socket.socket, order: dict[str, Any], function: bytes, listener:
             collective.abort(failure.reason)
         # Twice, as the store may be what failed.
         line.send(failure=failure.toText())
-        failure.save(attempt)
+        failure.save(gang)
         raise
 
 

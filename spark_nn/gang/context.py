@@ -17,7 +17,7 @@ CARDS = "ranks.json"
 
 def attempt_folder(run: RunDir, attempt: int) -> RunDir:
     """Directory of what one attempt at a run leaves: a late sign of an earlier one must not be taken for this one's."""
-    return RunDir(f"{run.url}/{attempt_name(attempt)}")
+    return run.below(attempt_name(attempt))
 
 
 def attempt_name(attempt: int) -> str:

@@ -5,22 +5,20 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-import threading
 import time
-import uuid
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
-from pyspark import inheritable_thread_target
 
-from spark_nn.errors import ClusterError, ParamError, StoreError, TrainingError
+from spark_nn.errors import ClusterError, ParamError, SparkNNError, StoreError, TrainingError
 from spark_nn.gang.context import CARDS, RESULT, GangContext, attempt_folder
 from spark_nn.gang.failure import FOLDER, Failure, first_failure
+from spark_nn.gang.job import SparkJob
 from spark_nn.gang.progress import Display
-from spark_nn.gang.worker import GangTask, Home, WarmTask
+from spark_nn.gang.worker import GangTask, Home, LoneTasks, WarmTask, Work
 from spark_nn.store import RunDir
 
 if TYPE_CHECKING:
@@ -35,6 +33,8 @@ _RECOVERY = 120.0
 _PATIENCE = 3.0
 # Seconds before training is begun again: what has failed may need a moment.
 _PAUSE = 0.5
+# Seconds between two looks at which of several trainings are done.
+_LOOK = 0.25
 # How Spark tells of tasks and executors that are gone.
 _LOST = re.compile(r"stage failure|barrier|[Ee]xecutor|[Ww]orker|UNAVAILABLE|[Cc]onnection")
 _CANCELLED = re.compile(r"JOB_CANCELLED|OPERATION_CANCELED|[Jj]ob \d+ (was )?cancelled")
@@ -52,13 +52,29 @@ class Outcome:
     restarts : list of str
         Why it was begun again, each time.
     seconds : dict of str to float
-        Where the time went but for the function itself: ``lost`` in attempts that failed, ``start`` until the function
-        began on rank 0, ``finish`` after it had ended there.
+        Where the time went but for the function itself: ``lost`` in attempts that failed, ``wait`` for others of the
+        same call, ``start`` until the function began on rank 0, ``finish`` after it had ended there.
     """
 
     value: Any
     restarts: list[str]
     seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a gang is to run.
+
+    Parameters
+    ----------
+    run : RunDir
+        The directory where the function finds and leaves things, its own.
+    function : callable
+        Takes the :class:`~spark_nn.gang.context.GangContext`; what it returns on rank 0 must fit in JSON.
+    """
+
+    run: RunDir
+    function: Callable[[GangContext], Any]
 
 
 @dataclass(frozen=True)
@@ -136,12 +152,13 @@ class Gang:
             raise ParamError(f"the Spark conf {IDLE_CONF}={value!r}: must be a number of seconds, 0 or more")
         return Home(variables, preload, idle, gpus=self.gpus is not False)
 
-    def warm(self, home: Home) -> None:
-        """Have the executors import what the ranks need; returns as soon as they have begun."""
+    def warm(self, home: Home, jobs: int = 1) -> None:
+        """Have the executors import what the ranks of so many jobs need; returns as soon as they have begun."""
         if not home.idle or not home.preload:
             return
         try:
-            self.spark.range(0, self.world, 1, self.world).mapInArrow(WarmTask(home), "id long").collect()
+            tasks = jobs if self.world == 1 else self.world
+            self.spark.range(0, tasks, 1, tasks).mapInArrow(WarmTask(home), "id long").collect()
         except Exception as error:  # noqa: BLE001  (whatever it is, it comes again where it matters)
             _LOG.info("the workers could not be warmed up: %s", _words(error))
 
@@ -171,74 +188,157 @@ class Gang:
         TrainingError
             A rank failed; it carries the rank, the host, what it was doing and the original traceback.
         """
-        pickled = cloudpickle.dumps(function)
-        restarts: list[str] = []
-        display = Display(verbose)
+        ((_, outcome),) = self.runAll([Job(run, function)], run, home=home, verbose=verbose)
+        if isinstance(outcome, SparkNNError):
+            raise outcome
+        return outcome
+
+    def runAll(
+        self, jobs: Sequence[Job], run: RunDir, *, home: Home | None = None, verbose: int = 0
+    ) -> Iterator[tuple[int, Outcome | SparkNNError]]:
+        """Run several functions in one start: one after the other, or side by side where each takes one rank only.
+
+        Parameters
+        ----------
+        jobs : sequence of Job
+            What to run.
+        run : RunDir
+            The gang's own directory; that of the job, where there is one.
+        home : Home, optional
+            What the ranks' processes need.
+        verbose : {0, 1, 2}
+            How to show progress.
+
+        Yields
+        ------
+        tuple
+            The place of a job among them, and what came of it: an outcome, or the error that it ended with, which does
+            not end the others. In the order of completion, the last when all is over.
+
+        Raises
+        ------
+        ClusterError
+            After a failure the cluster has no room left.
+        TrainingError
+            The Spark job was cancelled.
+        """
+        works = [Work(job.run, cloudpickle.dumps(job.function), secrets.token_bytes(32)) for job in jobs]
+        labels = [f"model {place + 1} of {len(jobs)}: " if len(jobs) > 1 else "" for place in range(len(jobs))]
+        displays = [Display(verbose, label) for label in labels]
+        waiting: dict[int, list[str]] = {place: [] for place in range(len(jobs))}  # and why they were begun again
         first = time.monotonic()
-        while True:
-            lost = time.monotonic() - first
-            task = GangTask(
-                run=run,
-                attempt=len(restarts),
-                function=pickled,
-                home=home or Home(),
-                secret=secrets.token_bytes(32),
-                timeout=self.timeout,
-            )
-            try:
-                value, seconds = self._attempt(task, display)
-                return Outcome(value, restarts, {"lost": lost, **seconds} if restarts else seconds)
-            except TrainingError as error:
-                error.restarts = restarts
-                if not error.transient or len(restarts) >= self.retries:
+        attempt = 0
+        while waiting:
+            lost = {"lost": time.monotonic() - first} if attempt else {}
+            failures = yield from self._attempt(works, run, attempt, home or Home(), displays, waiting, lost)
+            for place, error in failures.items():
+                restarts = waiting[place]
+                if isinstance(error, TrainingError):
+                    error.restarts = restarts
+                if not getattr(error, "transient", False) or len(restarts) >= self.retries:
                     if restarts:
                         error.add_note(f"It had been begun again {len(restarts)} times, after: " + "; ".join(restarts))
-                    raise
+                    del waiting[place]
+                    yield place, error
+                    continue
                 restarts.append(str(error).partition("\n")[0])
                 _LOG.warning(
                     "%s. Trying again, from the last checkpoint if there is one (%d of %d)",
                     *(restarts[-1], len(restarts), self.retries),
                 )
-                time.sleep(_PAUSE)
-                slots = self._slots(_RECOVERY)
-                if slots is not None and slots < self.world:
-                    raise ClusterError(
-                        f"training cannot go on: {restarts[-1]}, and {_RECOVERY:g} s later the cluster has room for "
-                        f"{slots} of {self.world} workers"
-                    ) from error
+                self._recover(error)
+            attempt += 1
 
-    def _attempt(self, task: GangTask, display: Display) -> tuple[Any, dict[str, float]]:
-        """What the function returned on rank 0, and the seconds before and after it."""
-        left = attempt_folder(task.run, task.attempt)
-        left.mkdir(FOLDER)
+    def _attempt(
+        self,
+        works: Sequence[Work],
+        run: RunDir,
+        attempt: int,
+        home: Home,
+        displays: Sequence[Display],
+        waiting: dict[int, list[str]],
+        lost: dict[str, float],
+    ) -> Generator[tuple[int, Outcome], None, dict[int, SparkNNError]]:
+        """Do the works that wait, and take those that are done from them; return what others have failed of."""
+        places = list(waiting)
+        folders = {place: attempt_folder(works[place].run, attempt) for place in places}
+        left = attempt_folder(run, attempt)
+        for folder in (left, *folders.values()):
+            folder.mkdir(FOLDER)
+        gang = GangTask(run, attempt, tuple(works[place] for place in places), home, self.timeout)
+        lone = self.world == 1 and not self._speculates()
+        task = LoneTasks(tuple(replace(gang, run=work.run, works=(work,)) for work in gang.works)) if lone else gang
         submitted = time.time()
+
+        def outcome(place: int, result: dict[str, Any]) -> Outcome:
+            seconds = {**(lost if waiting[place] else {}), **_around(result, submitted, alone=len(places) == 1)}
+            return Outcome(result["value"], waiting.pop(place), seconds)
+
+        with ExitStack() as stack:
+            shown = {place: stack.enter_context(ExitStack()) for place in places}
+            for place in places:
+                shown[place].enter_context(displays[place].shown(folders[place]))
+            job = stack.enter_context(SparkJob(self.spark, task, len(places) if lone else self.world, barrier=not lone))
+            # A single one needs no looking for.
+            while len(waiting) > 1 and not job.over(_LOOK):
+                for place in [each for each in places if each in waiting]:
+                    result = _look(folders[place])
+                    if result is not None and len(waiting) > 1:
+                        shown[place].close()
+                        yield place, outcome(place, result)
+            job.over()
+        error = job.error
+        if error is not None and _CANCELLED.search(str(error)):
+            raise TrainingError(f"the training's Spark job was cancelled: {_words(error)}") from None
+        failures: dict[int, SparkNNError] = {}
+        for place in [each for each in places if each in waiting]:
+            result = _look(folders[place]) if error is not None else folders[place].readJson(RESULT)
+            if result is not None:
+                yield place, outcome(place, result)
+            elif lone:
+                told = places.index(place) in job.yielded
+                failures[place] = self._cause(folders[place], error, told=told)
+            elif not failures:  # those after it in line have not failed
+                failures[place] = self._cause(left, error, told=error is None)
+        return failures
+
+    def _cause(self, left: RunDir, error: BaseException | None, *, told: bool) -> SparkNNError:
+        """Why there is no result: what the ranks say of it, else what Spark says."""
+        words = "" if error is None else str(error)
         try:
-            with display.shown(left):
-                self._collect(task)
-        except Exception as error:
-            words = str(error)
-            if _CANCELLED.search(words):
-                raise TrainingError(f"the training's Spark job was cancelled: {_words(error)}") from None
-            try:
-                failure = first_failure(left, self.world, _PATIENCE)
-                failure = failure and self._named(failure, left)
-            except StoreError:  # it may be what failed
-                failure = None
-            failure = failure or Failure.fromText(words)
-            if failure is None:
-                # No rank could report: Spark's own words are all there is.
-                lost = bool(_LOST.search(words)) and "Traceback (most recent" not in words
-                raise TrainingError(f"the gang could not run: {_words(error)}", transient=lost) from error
-            raise _training_error(failure) from None
-        result = left.readJson(RESULT)
-        if result is None:
-            raise StoreError(
+            failure = first_failure(left, self.world, _PATIENCE if error is not None else 0.0)
+            failure = failure and self._named(failure, left)
+        except StoreError:  # it may be what failed
+            failure = None
+        failure = failure or Failure.fromText(words)
+        if failure is not None:
+            return _training_error(failure)
+        if error is not None:
+            # No rank could report: Spark's own words are all there is.
+            lost = bool(_LOST.search(words)) and "Traceback (most recent" not in words
+            unable = TrainingError(f"the gang could not run: {_words(error)}", transient=lost)
+            unable.__cause__ = error
+            return unable
+        if told:
+            return StoreError(
                 f"rank 0 has left no result in {left.url}: the store is not the same directory there as here"
             )
-        around = time.time() - submitted - (result["ended"] - result["began"])
-        # The clocks of two machines need not agree.
-        start = min(max(0.0, result["began"] - submitted), around)
-        return result["value"], {"start": start, "finish": around - start}
+        return TrainingError("the Spark task that trained was lost, with its executor", transient=True)
+
+    def _recover(self, error: SparkNNError) -> None:
+        """Give what has failed a moment, and see that there is room again."""
+        time.sleep(_PAUSE)
+        slots = self._slots(_RECOVERY)
+        if slots is not None and slots < self.world:
+            reason = str(error).partition("\n")[0]
+            raise ClusterError(
+                f"training cannot go on: {reason}, and {_RECOVERY:g} s later the cluster has room for "
+                f"{slots} of {self.world} workers"
+            ) from error
+
+    def _speculates(self) -> bool:
+        """Whether Spark may run a second copy of a task, which only a barrier stage keeps it from."""
+        return (self.spark.conf.get("spark.speculation", "false") or "").lower() == "true"
 
     def _named(self, failure: Failure, left: RunDir) -> Failure:
         """The failure; where only survivors have told of it, that of the rank that told nothing."""
@@ -248,32 +348,6 @@ class Gang:
             return failure
         rank = silent[0]
         return replace(failure, rank=rank, host=cards[rank]["host"], traceback="", log="")
-
-    def _collect(self, task: GangTask) -> None:
-        """Run the job in a thread of its own, and cancel it where this one is interrupted, as by Ctrl-C.
-
-        PySpark cannot cancel anything from a thread that waits for an answer of the JVM.
-        """
-        tag = f"spark_nn-{uuid.uuid4().hex}"
-        done: Future[None] = Future()
-
-        def collect() -> None:
-            try:
-                self.spark.addTag(tag)
-                self.spark.range(0, self.world, 1, self.world).mapInArrow(task, "rank long", barrier=True).collect()
-                done.set_result(None)
-            except BaseException as error:  # noqa: BLE001  (the waiting thread raises it)
-                done.set_exception(error)
-
-        target = inheritable_thread_target(self.spark)(collect)
-        threading.Thread(target=target, name="spark_nn-gang", daemon=True).start()
-        try:
-            done.result()
-        except Exception:
-            raise
-        except BaseException:
-            self.spark.interruptTag(tag)
-            raise
 
     def _slots(self, patience: float) -> int | None:
         """Tasks that fit on the cluster at a time, None where the driver cannot know."""
@@ -289,6 +363,25 @@ class Gang:
             if slots >= self.world or time.monotonic() >= deadline:
                 return slots
             time.sleep(0.2)
+
+
+def _look(folder: RunDir) -> dict[str, Any] | None:
+    """The result in a folder, if there is one yet and the store tells."""
+    try:
+        result: dict[str, Any] | None = folder.readJson(RESULT)
+    except StoreError:
+        return None
+    return result
+
+
+def _around(result: dict[str, Any], submitted: float, *, alone: bool) -> dict[str, float]:
+    """Seconds before and after a function; the clocks of two machines need not agree."""
+    if not alone:
+        start = result["began"] - result["taken"]
+        return {"wait": max(0.0, time.time() - submitted - (result["ended"] - result["taken"])), "start": start}
+    around = time.time() - submitted - (result["ended"] - result["began"])
+    start = min(max(0.0, result["began"] - submitted), around)
+    return {"start": start, "finish": around - start}
 
 
 def _words(error: BaseException) -> str:

@@ -127,10 +127,13 @@ class Display:
     ----------
     verbose : {0, 1, 2}
         Nothing; a live bar, on a terminal; a line per epoch.
+    label : str
+        What begins each line, where several fits are shown; there is no bar then.
     """
 
-    def __init__(self, verbose: int) -> None:
+    def __init__(self, verbose: int, label: str = "") -> None:
         self._verbose = verbose
+        self._label = label
         self._told = 0  # epochs that have a line, whichever attempt finished them
 
     @contextlib.contextmanager
@@ -139,7 +142,8 @@ class Display:
         if self._verbose == 0:
             yield
             return
-        attempt = _Attempt(self._told, live=self._verbose == 1 and sys.stderr.isatty())
+        live = self._verbose == 1 and not self._label and sys.stderr.isatty()
+        attempt = _Attempt(self._told, self._label, live=live)
         stop = threading.Event()
 
         def follow() -> None:
@@ -161,9 +165,10 @@ class Display:
 class _Attempt:
     """The lines and the bar of an attempt."""
 
-    def __init__(self, told: int, live: bool) -> None:
+    def __init__(self, told: int, label: str, *, live: bool) -> None:
         self.lines = 0
         self._told = told
+        self._label = label
         self.bar = tqdm(
             desc="starting",
             disable=not live,
@@ -184,7 +189,7 @@ class _Attempt:
             self.lines = max(self.lines, min(self._told, len(state.seconds)))
             self._told = 0
             while self.lines < len(state.seconds):
-                tqdm.write(_line(state, self.lines), file=sys.stderr)
+                tqdm.write(self._label + _line(state, self.lines), file=sys.stderr)
                 self.lines += 1
         self.bar.total = state.steps
         self.bar.n = state.step

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,31 +46,47 @@ _SURVIVOR_DELAY = 1.0
 
 
 @dataclass(frozen=True)
-class GangTask:
-    """The function that Spark runs in each task of the barrier stage.
+class Work:
+    """A function for a gang to run.
 
     Parameters
     ----------
     run : RunDir
-        The run directory.
-    attempt : int
-        How often the run was begun before.
+        The directory where it finds and leaves things.
     function : bytes
-        The function to run on each rank, pickled by cloudpickle on the driver. It reaches the task inside
-        Spark's own closure and is unpickled only in the child.
-    home : Home
-        What its process needs.
+        The function, pickled by cloudpickle on the driver. It reaches the task inside Spark's own closure and is
+        unpickled only in the child.
     secret : bytes
         What the ranks prove to each other to know.
+    """
+
+    run: RunDir
+    function: bytes
+    secret: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
+class GangTask:
+    """The function that Spark runs in each task of the barrier stage: a rank of a gang.
+
+    Parameters
+    ----------
+    run : RunDir
+        The gang's directory, where it leaves failures.
+    attempt : int
+        How often the gang was begun before.
+    works : tuple of Work
+        What to do, one after the other, each in a process of its own.
+    home : Home
+        What such a process needs.
     timeout : float
         Seconds that anything may keep silent.
     """
 
     run: RunDir
     attempt: int
-    function: bytes
+    works: tuple[Work, ...]
     home: Home
-    secret: bytes = field(repr=False)
     timeout: float
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -81,50 +97,53 @@ class GangTask:
         rank = context.partitionId()
         host = context.getTaskInfos()[rank].address.rsplit(":", 1)[0]
         left = attempt_folder(self.run, self.attempt)
-        try:
-            with listen(host) as listener:
-                address = listener.getsockname()[:2]
-                card = {"rank": rank, "host": host, "address": address, "versions": versions()}
-                cards = [json.loads(text) for text in _gather(context, json.dumps(card), self.timeout)]
-                _check_alike(cards)
-                if rank == 0:
-                    left.writeJson(CARDS, [{name: card[name] for name in ("rank", "host")} for card in cards])
-                environment = self.home.environment(context)
-                order = {
-                    "rank": rank,
-                    "host": host,
-                    "cpus": context.cpus(),
-                    "neighbours": sum(other["host"] == host for other in cards),
-                    "addresses": [other["address"] for other in cards],
-                    "secret": self.secret.hex(),
-                    "timeout": self.timeout,
-                    "run": self.run.url,
-                    "attempt": self.attempt,
-                    "environment": environment,
-                }
-                server = self.home.server(environment)
-                self._guard(order, listener, server, left)
-        except _ChildFailed:
-            raise
-        except Exception as error:
-            failure = replace(Failure.of(error, rank, host), phase="start")
-            with contextlib.suppress(StoreError):
-                failure.save(left)
-            raise _ChildFailed(f"rank {rank} on {host}: {failure.reason}\n{failure.toText()}") from error
+        with _told(left, rank, host), listen(host) as listener:
+            address = listener.getsockname()[:2]
+            card = {"rank": rank, "host": host, "address": address, "versions": versions()}
+            cards = [json.loads(text) for text in _gather(context, json.dumps(card), self.timeout)]
+            _check_alike(cards)
+            if rank == 0:
+                left.writeJson(CARDS, [{name: card[name] for name in ("rank", "host")} for card in cards])
+            neighbours = sum(other["host"] == host for other in cards)
+            addresses = [other["address"] for other in cards]
+            seat = Seat(rank, host, neighbours, addresses)
+            for work in self.works:
+                # Others may knock for the next work while this rank is still at the last, so the port stays open.
+                door = listener if work is self.works[-1] else listener.dup()
+                self.guard(work, context, seat, door)
         yield pa.RecordBatch.from_pydict({"rank": [rank]})
 
-    def _guard(self, order: dict[str, Any], listener: socket.socket, server: ForkServer | None, left: RunDir) -> None:
-        """Run the child and wait for it; see to it that it leaves a failure where it fails."""
-        rank, host = order["rank"], order["host"]
+    def guard(self, work: Work, context: TaskContext, seat: Seat, listener: socket.socket) -> None:
+        """Have a child do some work and wait for it; see to it that it leaves a failure where it fails.
+
+        Raises
+        ------
+        ChildFailed
+            It failed.
+        """
+        left = attempt_folder(self.run, self.attempt)
+        environment = self.home.environment(context)
+        rank, host = seat.rank, seat.host
+        order = {
+            **asdict(seat),
+            "cpus": context.cpus(),
+            "secret": work.secret.hex(),
+            "timeout": self.timeout,
+            "run": work.run.url,
+            "gang": self.run.url,
+            "attempt": self.attempt,
+            "taken": time.time(),
+        }
         # Below Spark's own folder, which goes with the executor even if this task is killed. And a file without a
         # name: it is gone with the process, whichever way that ends.
         scratch = scratch_folder(SparkFiles.getRootDirectory(), os.getpid())
         with _folder(scratch), tempfile.TemporaryFile() as log:
             order["scratch"] = str(scratch)
             # Whatever it leaves in the temporary directory when it is killed goes with it too.
-            order["environment"] = {**order["environment"], "TMPDIR": str(scratch)}
+            order["environment"] = {**environment, "TMPDIR": str(scratch)}
+            server = self.home.server(environment)
             with started(server, order["environment"], listener, log.fileno()) as process:
-                process.send(json.dumps(order).encode(), self.function)
+                process.send(json.dumps(order).encode(), work.function)
                 try:
                     status = process.wait(self.timeout)
                     reason = _death(status)
@@ -141,10 +160,75 @@ class GangTask:
                 failure.save(left)
         if failure.kind == "peer":
             time.sleep(_SURVIVOR_DELAY)
-        raise _ChildFailed(f"rank {rank} on {host}: {failure.reason}\n{failure.toText()}\n{failure.traceback}")
+        raise ChildFailed(f"rank {rank} on {host}: {failure.reason}\n{failure.toText()}\n{failure.traceback}")
 
 
-class _ChildFailed(RuntimeError):
+@dataclass(frozen=True)
+class Seat:
+    """A rank's place in its gang: which it is, on which host, with how many there, and where to find the others."""
+
+    rank: int
+    host: str
+    neighbours: int
+    addresses: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class LoneTasks:
+    """The function that Spark runs in each task of a plain stage: gangs of one rank, as many as there are tasks.
+
+    Nobody waits for anybody, so Spark may run them whenever there is room, and one that fails does not end the others.
+
+    Parameters
+    ----------
+    gangs : tuple of GangTask
+        What each task does.
+    """
+
+    gangs: tuple[GangTask, ...]
+
+    def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Run one gang; yield its place, or nothing where it has left a failure."""
+        for _ in batches:
+            pass
+        context = TaskContext.get()
+        assert context is not None
+        place = context.partitionId()
+        # The driver begins again what was lost, with directories of its own for each attempt.
+        if context.attemptNumber() == 0 and self._run(self.gangs[place], context):
+            yield pa.RecordBatch.from_pydict({"rank": [place]})
+
+    def _run(self, gang: GangTask, context: TaskContext) -> bool:
+        host = socket.gethostname()
+        # At most as many as there are cores train on this machine at the same time.
+        neighbours = min(len(self.gangs), max(1, (os.cpu_count() or 1) // context.cpus()))
+        left = attempt_folder(gang.run, gang.attempt)
+        (work,) = gang.works
+        try:
+            with _told(left, 0, host), listen("127.0.0.1") as listener:
+                gang.guard(work, context, Seat(0, host, neighbours, [listener.getsockname()[:2]]), listener)
+        except ChildFailed:
+            if Failure.load(left, 0) is None:
+                raise  # the store did not take it: Spark's message brings the news
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def _told(left: RunDir, rank: int, host: str) -> Iterator[None]:
+    """Leave a failure for the driver where the block fails of something else than its child."""
+    try:
+        yield
+    except ChildFailed:
+        raise
+    except Exception as error:
+        failure = replace(Failure.of(error, rank, host), phase="start")
+        with contextlib.suppress(StoreError):
+            failure.save(left)
+        raise ChildFailed(f"rank {rank} on {host}: {failure.reason}\n{failure.toText()}") from error
+
+
+class ChildFailed(RuntimeError):
     """The child failed and its failure is recorded."""
 
 

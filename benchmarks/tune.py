@@ -1,0 +1,178 @@
+"""What a grid costs: `python benchmarks/tune.py`.
+
+`CrossValidator` with 3 folds and 4 param maps, which trains 12 models and the best one again, on 100,000 rows and two
+cores, against as many `fit` calls one after the other, each with one worker or with two. The calls do less: they score
+nothing. Every round has sessions of its own, measured in turn; the table is their median, in seconds. Ratios travel
+between machines, seconds do not.
+
+With ``--search`` it shows another way to choose params: Optuna proposes them, four at a time, and one `fitMultiple`
+trains the four side by side. That needs the extra ``examples``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from typing import Any
+
+from peers import apart
+from pyspark.ml.evaluation import BinaryClassificationEvaluator
+from pyspark.ml.tuning import CrossValidator, ParamGridBuilder
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from spark_nn import KerasEstimator
+from spark_nn.doctor import requireJava
+
+FEATURES = 20
+FOLDS = 3
+PHASES = ("check", "materialize", "wait", "start", "build", "trace", "train", "publish", "finish")
+
+
+def builder():
+    """The function that returns the model: nested, so that it travels by value from whatever process this is."""
+
+    def build(units):
+        import keras
+
+        layers = [keras.layers.Dense(units, "relu"), keras.layers.Dense(units, "relu")]
+        return keras.Sequential([*layers, keras.layers.Dense(1, "sigmoid")])
+
+    return build
+
+
+def session() -> SparkSession:
+    """A session of two cores."""
+    os.environ["PYSPARK_PYTHON"] = sys.executable
+    spark = SparkSession.builder.master("local[2]").config("spark.ui.enabled", False).getOrCreate()
+    spark.sparkContext.setLogLevel("OFF")
+    return spark
+
+
+def rows_of(spark: SparkSession, rows: int) -> DataFrame:
+    """Rows in memory, with the fold that each belongs to."""
+    columns = [F.randn(number).alias(f"x{number}") for number in range(FEATURES)]
+    df = spark.range(rows).select("id", *columns)
+    df = df.withColumn("label", F.expr("cast(x0 * x1 + x2 + 0.5 * x3 > 0 as int)"))
+    df = df.withColumn("fold", F.expr(f"cast(pmod(hash(id), {FOLDS}) as int)")).drop("id").cache()
+    df.count()
+    return df
+
+
+def estimator(workers: int, epochs: int) -> KerasEstimator:
+    """What is tuned."""
+    return KerasEstimator(
+        model=builder(),
+        modelParams={"units": 32},
+        optimizer="adam",
+        loss="binary_crossentropy",
+        inputCols=[f"x{number}" for number in range(FEATURES)],
+        batchSize=256,
+        epochs=epochs,
+        numWorkers=workers,
+        verbose=0,
+    )
+
+
+def grid(stage: KerasEstimator) -> list[Any]:
+    """Four maps."""
+    builder = ParamGridBuilder().addGrid(stage.learningRate, [1e-3, 1e-2])
+    return builder.addGrid(stage.modelParams, [{"units": 32}, {"units": 64}]).build()
+
+
+def phases(models: list[Any]) -> dict[str, float]:
+    """Where the time of several fits went, in all."""
+    return {phase: sum(model.summary.seconds.get(phase, 0.0) for model in models) for phase in PHASES}
+
+
+def tuned(rows: int, epochs: int) -> dict[str, float]:
+    """The grid under `CrossValidator`."""
+    df = rows_of(session(), rows)
+    stage = estimator(1, epochs)
+    began = time.monotonic()
+    found = CrossValidator(
+        estimator=stage,
+        estimatorParamMaps=grid(stage),
+        evaluator=BinaryClassificationEvaluator(),
+        numFolds=FOLDS,
+        foldCol="fold",
+        collectSubModels=True,
+    ).fit(df)
+    total = time.monotonic() - began
+    models = [model for fold in found.subModels for model in fold]
+    return {**phases([*models, found.bestModel]), "total": total}
+
+
+def separate(rows: int, epochs: int, workers: int) -> dict[str, float]:
+    """As many fits, one after the other."""
+    df = rows_of(session(), rows)
+    stage = estimator(workers, epochs)
+    began = time.monotonic()
+    models = []
+    for fold in range(FOLDS):
+        train = df.where(F.col("fold") != fold).cache()
+        models += [stage.fit(train, params) for params in grid(stage)]
+        train.unpersist()
+    models.append(stage.fit(df, grid(stage)[0]))
+    return {**phases(models), "total": time.monotonic() - began}
+
+
+def search(rows: int, epochs: int, trials: int = 12, together: int = 4) -> None:
+    """Optuna's choice, four trials at a time."""
+    import optuna
+
+    df = rows_of(session(), rows)
+    train, test = df.where("fold != 0").cache(), df.where("fold = 0").cache()
+    stage = estimator(1, epochs)
+    evaluator = BinaryClassificationEvaluator()
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=1, constant_liar=True))
+    for _ in range(trials // together):
+        asked = [study.ask() for _ in range(together)]
+        maps = [
+            {
+                stage.learningRate: trial.suggest_float("learningRate", 1e-4, 1e-1, log=True),
+                stage.modelParams: {"units": trial.suggest_int("units", 16, 128, log=True)},
+            }
+            for trial in asked
+        ]
+        for place, model in stage.fitMultiple(train, maps):
+            study.tell(asked[place], evaluator.evaluate(model.transform(test)))
+    print(f"best of {trials}: AUC {study.best_value:.4f} with {study.best_params}")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--search", action="store_true", help="choose params with Optuna, in place of the table")
+    arguments = parser.parse_args()
+    requireJava()
+    sized = arguments.rows, arguments.epochs
+    if arguments.search:
+        search(*sized)
+        return
+    rounds: list[dict[str, dict[str, float]]] = []
+    for _ in range(arguments.rounds):
+        rounds.append(
+            {
+                "CrossValidator": apart(tuned, *sized),
+                "13 fits, 1 worker": apart(separate, *sized, 1),
+                "13 fits, 2 workers": apart(separate, *sized, 2),
+            }
+        )
+    print(f"\n{arguments.rows:,} rows x {FEATURES}, {arguments.epochs} epochs, median of {arguments.rounds}, seconds")
+    print("phases are sums over the 13 fits, of which several may go on at the same time; total is wall time")
+    print(f"{'':>20}" + "".join(f"{title:>12}" for title in (*PHASES, "total", "ratio")))
+    for name in rounds[0]:
+        middle = {key: statistics.median(each[name][key] for each in rounds) for key in (*PHASES, "total")}
+        ratio = statistics.median(each["CrossValidator"]["total"] / each[name]["total"] for each in rounds)
+        print(f"{name:>20}" + "".join(f"{middle[key]:12.2f}" for key in (*PHASES, "total")) + f"{ratio:12.2f}")
+
+
+if __name__ == "__main__":
+    main()
