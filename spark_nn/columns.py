@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -299,6 +299,22 @@ def decode(array: pa.Array, tensor: Tensor, invalid: Invalid) -> np.ndarray | No
         _refuse(array, tensor, invalid)
         return None
     return block.reshape((len(array), *shape))
+
+
+def decode_batch(
+    batch: pa.RecordBatch, tensors: Sequence[Tensor], invalid: Invalid
+) -> tuple[dict[str, np.ndarray], list[Tensor]]:
+    """Decode the columns of a batch, named as the tensors; the first rows seen decide the shapes that were open."""
+    block: dict[str, np.ndarray] = {}
+    known = []
+    for tensor in tensors:
+        values = decode(batch.column(tensor.name), tensor, invalid)
+        if values is not None:
+            block[tensor.name] = values
+            if tensor.shape is None and len(values):
+                tensor = replace(tensor, shape=values.shape[1:])
+        known.append(tensor)
+    return block, known
 
 
 def report(problems: Counter[Problem], advice: str = "") -> ColumnError:

@@ -1,33 +1,40 @@
 """The story of a fit and of a transform, framework-neutral.
 
-A framework plugs in by four hooks: what travels to the gang (:meth:`NeuralEstimator._trainer`), what trains
-there (the :class:`~spark_nn.trainer.Trainer` it returns), what loads the result for prediction
-(:meth:`NeuralModel._loader`), and how the output is described (``Trained.outputs``).
+A framework plugs in by hooks: what travels to the gang (:meth:`NeuralEstimator._trainer`), what trains there (the
+:class:`~spark_nn.trainer.Trainer` it returns), how the output is described (``Trained.outputs``), and what loads the
+result for prediction (:meth:`NeuralModel._loader`), measures it (:meth:`NeuralModel._measurer`) and writes it in other
+formats (:meth:`NeuralModel._exporter`).
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pyspark.ml.base import Estimator, Model
 from pyspark.ml.param import Param
 from pyspark.ml.util import MLReadable, MLReader, MLWritable, MLWriter
+from pyspark.sql import SparkSession
 
 from spark_nn import columns
 from spark_nn.columns import Tensor
 from spark_nn.dataset.manifest import Manifest
 from spark_nn.dataset.materialize import Spec
 from spark_nn.errors import ColumnError, ModelFileError, ParamError, SparkNNError
+from spark_nn.evaluation import Evaluation, MeasureLoader, evaluate
+from spark_nn.export import Target
 from spark_nn.fits import Fits
 from spark_nn.gang.launch import Gang, Outcome
-from spark_nn.outputs import Output, Outputs, columns_of
+from spark_nn.outputs import Output, Outputs, check_labels, columns_of
 from spark_nn.params import ModelParams, TrainingParams
 from spark_nn.persistence import ModelFile, StageReader, StageWriter
 from spark_nn.scoring import Loader, Scorer, score, ship
+from spark_nn.sql import sql_function
 from spark_nn.store import RunDir, store_url
 from spark_nn.summary import TrainingSummary
 from spark_nn.trainer import Schedule, Trained, Trainer
@@ -148,9 +155,7 @@ class NeuralEstimator(Estimator[M], TrainingParams, _Stage, Generic[M]):
                 f"{labels[0].depth} dimensions: it must be the class, or have one element per class; weight such rows "
                 "with weightCol"
             )
-        tensors = [*self.inputTensors(schema), *labels]
-        if self.isDefined("weightCol") and self.getWeightCol():
-            tensors.append(columns.weight(schema, self.getWeightCol()))
+        tensors = [*self.inputTensors(schema), *labels, *self.weightTensors(schema)]
         if self.isDefined("validationIndicatorCol") and self.getValidationIndicatorCol():
             tensors.append(columns.validation(schema, self.getValidationIndicatorCol()))
         return Spec(
@@ -219,7 +224,7 @@ class _Fit(Generic[M]):
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a fit leaves in a model beside its params.
+    """What a model has beside its params.
 
     Parameters
     ----------
@@ -229,14 +234,14 @@ class Fitted:
         The model's inputs, as they were trained.
     outputs : dict of str to Output
         What it puts out, by the model's names; the only one by the empty name.
-    summary : TrainingSummary
-        What the fit was like.
+    summary : TrainingSummary or None
+        What the fit was like; None where there was none.
     """
 
     file: ModelFile
     inputs: tuple[Tensor, ...]
     outputs: Outputs
-    summary: TrainingSummary
+    summary: TrainingSummary | None
 
 
 class NeuralModel(Model, ModelParams, _Stage):
@@ -253,9 +258,17 @@ class NeuralModel(Model, ModelParams, _Stage):
     def _loader(self) -> Loader:
         """The importable function that loads the model's file for prediction on an executor."""
 
+    @abstractmethod
+    def _measurer(self) -> MeasureLoader:
+        """The importable function that loads the model's file on an executor to measure it; refuses what cannot be."""
+
+    @abstractmethod
+    def _exporter(self, format: str) -> Callable[[Path], None]:
+        """The function that writes the model in a format to a local path; refuses formats that it cannot write."""
+
     @property
     def fitted(self) -> Fitted:
-        """What the fit left.
+        """What the model has beside its params.
 
         Raises
         ------
@@ -270,36 +283,180 @@ class NeuralModel(Model, ModelParams, _Stage):
     @property
     def hasSummary(self) -> bool:
         """Whether there is a summary: always, in a model that was fitted."""
-        return self._fitted is not None
+        return self._fitted is not None and self._fitted.summary is not None
 
     @property
     def summary(self) -> TrainingSummary:
-        """What the fit was like: history, rows per second, timings."""
-        return self.fitted.summary
+        """What the fit was like: history, rows per second, timings.
+
+        Raises
+        ------
+        SparkNNError
+            The model was not fitted by an estimator, so that there is none (:attr:`hasSummary` tells).
+        """
+        summary = self.fitted.summary
+        if summary is None:
+            raise SparkNNError(
+                f"this {type(self).__name__} has no summary, because no estimator fitted it: ask hasSummary first"
+            )
+        return summary
+
+    def getHistory(self) -> dict[str, list[Any]]:
+        """For each metric its value after each epoch of the fit, as ``summary.history``."""
+        return self.summary.history
+
+    def evaluate(self, dataset: DataFrame) -> dict[str, Any]:
+        """The model's loss and metrics over a DataFrame, computed where the rows are, in one Spark job.
+
+        They are what the framework gives on all rows at once in one process, however they are partitioned. Labels come
+        from `labelCol` or `labels`, the rows' weights from `weightCol` where it is set; class weights are a matter of
+        training. Rows that cannot be used are an error or left out, as `handleInvalid` says.
+
+        Parameters
+        ----------
+        dataset : pyspark.sql.DataFrame
+            Rows with the columns of inputs, labels and weights.
+
+        Returns
+        -------
+        dict of str to float
+            The values by the metrics' names, ``loss`` among them; a list where a metric has one per class.
+
+        Raises
+        ------
+        ColumnError
+            A column is missing or cannot be used.
+        DatasetError
+            There are no rows.
+        ModelFileError
+            The model's file does not say what to measure.
+        """
+        fitted = self.fitted
+        measurer = self._measurer()
+        schema = dataset.schema
+        tensors = (*self._inputs(schema), *self._labels(schema), *self.weightTensors(schema))
+        evaluation = Evaluation(
+            file=ship(dataset.sparkSession, fitted.file.path),
+            sha256=fitted.file.sha256,
+            load=measurer,
+            tensors=tensors,
+            skip=self.getHandleInvalid() == "skip",
+        )
+        return evaluate(dataset, evaluation)
+
+    def udf(self) -> Any:
+        """The model as a function of SQL, for the active session.
+
+        Its arguments are the model's input columns, in the order of its params: that of `featuresCol`, or those of
+        `inputCols`, or those of `inputs`. A Vector may come in place of an array, and the other way round. It returns
+        a struct whose fields are named as the columns that ``transform`` would add, and hold the same, Vectors as
+        ``array<double>``. With ``handleInvalid="skip"`` the struct of a row that cannot be used is null (on Spark 4.0,
+        all of its fields are). The params count as they are now.
+
+        Returns
+        -------
+        function
+            For ``spark.udf.register``, or to be called with columns.
+
+        Raises
+        ------
+        ColumnError
+            The params name other inputs than the model has.
+        ParamError
+            All output columns have empty names.
+
+        Examples
+        --------
+        >>> spark.udf.register("score", model.udf())  # doctest: +SKIP
+        >>> spark.sql("SELECT id, score(features).prediction FROM rows")  # doctest: +SKIP
+        """
+        return sql_function(self._scorer(SparkSession.active(), self._arguments()), self._outputColumns())
+
+    def export(self, path: str, format: str = "tf_saved_model", *, overwrite: bool = False) -> None:
+        """Write the model for other programs, in a format of its framework.
+
+        Parameters
+        ----------
+        path : str
+            A local path or an fsspec URL (``s3://...``); what is written appears there whole or not at all.
+        format : str, default ``"tf_saved_model"``
+            Which format; the class of the model says which there are.
+        overwrite : bool, default False
+            Whether what is there is replaced.
+
+        Raises
+        ------
+        ParamError
+            The format is unknown, or the model cannot be written in it.
+        StoreError
+            The path exists, or cannot be written.
+        """
+        write = self._exporter(format)
+        target = Target(path, overwrite=overwrite)
+        with tempfile.TemporaryDirectory(prefix="spark_nn-") as folder:
+            local = Path(folder) / f"export{self.fitted.file.path.suffix}"
+            write(local)
+            target.put(local)
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
-        fitted = self.fitted
-        inputs = self._inputs(dataset.schema)
-        outputs = self.outputChoice().of(fitted.outputs)
-        names = self._outputColumns(outputs)
+        inputs, names = self._inputs(dataset.schema), self._outputColumns()
         if not names:
             return dataset
-        scorer = Scorer(
-            file=ship(dataset.sparkSession, fitted.file.path),
+        return score(dataset, self._scorer(dataset.sparkSession, inputs), names)
+
+    def _scorer(self, spark: SparkSession, inputs: tuple[Tensor, ...]) -> Scorer:
+        """What scores these inputs on the executors of a session."""
+        fitted = self.fitted
+        return Scorer(
+            file=ship(spark, fitted.file.path),
             sha256=fitted.file.sha256,
             load=self._loader(),
             inputs=inputs,
-            outputs=outputs,
-            fields=tuple(names),
+            outputs=self._outputs(),
+            fields=tuple(self._outputColumns()),
             skip=self.getHandleInvalid() == "skip",
         )
-        return score(dataset, scorer, names)
 
-    def _outputColumns(self, outputs: Outputs) -> dict[str, str]:
+    def _outputs(self) -> Outputs:
+        """What the model puts out, with what the params say of it."""
+        return self.outputChoice().of(self.fitted.outputs)
+
+    def _labels(self, schema: StructType) -> tuple[Tensor, ...]:
+        """What the model's outputs are measured by."""
+        labels = self.labelTensors(schema)
+        check_labels(self.fitted.outputs, [tensor.key for tensor in labels])
+        return labels
+
+    def _arguments(self) -> tuple[Tensor, ...]:
+        """The params' columns as the inputs that the model was trained on; their types are not known yet."""
+        given = self.inputColumns()
+        trained = self._trained(given)
+        for name, (param, names) in given.items():
+            if len(names) > 1 and trained[name].shape != (len(names),):
+                raise ColumnError(
+                    f"{param} names {len(names)} columns, and the model was trained with an input of shape "
+                    f"{trained[name].shape} from {', '.join(map(repr, trained[name].columns))}: name as many"
+                )
+        return tuple(
+            replace(trained[name], columns=tuple(names), form="scalars" if len(names) > 1 else "array")
+            for name, (_, names) in given.items()
+        )
+
+    def _trained(self, given: dict[str, Any]) -> dict[str, Tensor]:
+        """The inputs that the model was trained on, by name; those given must be the same."""
+        trained = {tensor.name: tensor for tensor in self.fitted.inputs}
+        if given.keys() != trained.keys():
+            raise ColumnError(
+                f"the model was trained with the inputs {', '.join(map(repr, trained))}, and its params now name "
+                f"{', '.join(map(repr, given))}: name columns for the same ones"
+            )
+        return trained
+
+    def _outputColumns(self) -> dict[str, str]:
         """Name of the column for each value that a row gets, by its key; none for what is left out."""
         chosen = self.outputChoice().columns
         names = {}
-        for field, (param, output) in columns_of(outputs).items():
+        for field, (param, output) in columns_of(self._outputs()).items():
             column = self.getOrDefault(self.getParam(param))
             if not column or chosen.get(output) == "":
                 continue
@@ -310,12 +467,7 @@ class NeuralModel(Model, ModelParams, _Stage):
     def _inputs(self, schema: StructType) -> tuple[Tensor, ...]:
         """The DataFrame's columns as the inputs that the model was trained on."""
         found = {tensor.name: tensor for tensor in self.inputTensors(schema)}
-        trained = {tensor.name: tensor for tensor in self.fitted.inputs}
-        if found.keys() != trained.keys():
-            raise ColumnError(
-                f"the model was trained with the inputs {', '.join(map(repr, trained))}, and its params now name "
-                f"{', '.join(map(repr, found))}: name columns for the same ones"
-            )
+        trained = self._trained(found)
         for name, tensor in found.items():
             known = trained[name]
             # Numbers may become floats, but floats not whole numbers, and strings neither.
@@ -343,7 +495,7 @@ class NeuralModel(Model, ModelParams, _Stage):
         return {
             "inputs": [tensor.toDict() for tensor in fitted.inputs],
             "outputs": {name: output.toDict() for name, output in fitted.outputs.items()},
-            "summary": fitted.summary.toDict(),
+            "summary": None if fitted.summary is None else fitted.summary.toDict(),
         }
 
     def _loadSaved(self, metadata: dict[str, Any], files: dict[str, ModelFile]) -> None:
@@ -354,5 +506,5 @@ class NeuralModel(Model, ModelParams, _Stage):
             file,
             tuple(Tensor.fromDict(tensor) for tensor in metadata["inputs"]),
             {name: Output.fromDict(output) for name, output in metadata["outputs"].items()},
-            TrainingSummary.fromDict(metadata["summary"]),
+            None if metadata["summary"] is None else TrainingSummary.fromDict(metadata["summary"]),
         )

@@ -9,7 +9,7 @@ Spark's evaluators are strict about types: ``prediction`` must be a double, ``ra
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -148,6 +148,32 @@ class Choice:
                 "clear it, or set outputKind='binary' if the model puts out the probability of class 1"
             )
         return {name: replace(output, threshold=self.threshold) for name, output in result.items()}
+
+
+def check_labels(outputs: Collection[str], given: Sequence[str | None]) -> None:
+    """Check that there is a label for each output, and no other.
+
+    Parameters
+    ----------
+    outputs : collection of str
+        The outputs' names; the only one's is empty.
+    given : sequence of str or None
+        The outputs that labels are for; None where labelCol names the only one.
+
+    Raises
+    ------
+    ParamError
+        There is no label for an output, or no output for a label.
+    """
+    named = ", ".join(map(repr, given))
+    if len(outputs) > 1 and set(given) != set(outputs):
+        found = "labelCol is for models of one" if list(given) == [None] else f"labels names {named}"
+        raise ParamError(
+            f"the model has {len(outputs)} outputs, {', '.join(map(repr, outputs))}, and {found}: name a column for "
+            "each output, and for nothing else, with the param labels={output: column}"
+        )
+    if len(outputs) == 1 and len(given) > 1:
+        raise ParamError(f"the model has one output, and labels names {named}: name one column, with labelCol")
 
 
 def _as_kind(name: str, output: Output, kind: str) -> Output:

@@ -43,6 +43,7 @@ class ModelParams(
     HasFeaturesCol,
     HasInputCols,
     HasLabelCol,
+    HasWeightCol,
     HasPredictionCol,
     HasProbabilityCol,
     HasRawPredictionCol,
@@ -67,6 +68,12 @@ class ModelParams(
         "For models of several inputs: a dict of each input's name to a column, as for featuresCol, or to a list of "
         "columns, as for inputCols, such as {'color': 'color', 'numbers': ['age', 'height']}. Used in place of either.",
         columns_dict("inputs", several=True),
+    )
+    labels: Param[dict[str, str]] = param(
+        "labels",
+        "For models of several outputs: a dict of each output's name to the column it learns to predict. Used in "
+        "place of labelCol.",
+        columns_dict("labels", several=False),
     )
     handleInvalid: Param[str] = param(
         "handleInvalid",
@@ -117,6 +124,14 @@ class ModelParams(
         """Set :py:attr:`inputs`."""
         return self._set(inputs=value)
 
+    def getLabels(self) -> dict[str, str]:
+        """Get :py:attr:`labels`."""
+        return self.getOrDefault(self.labels)
+
+    def setLabels(self: P, value: dict[str, str]) -> P:
+        """Set :py:attr:`labels`."""
+        return self._set(labels=value)
+
     def getHandleInvalid(self) -> str:
         """Get :py:attr:`handleInvalid`."""
         return self.getOrDefault(self.handleInvalid)
@@ -149,6 +164,10 @@ class ModelParams(
         """Set :py:attr:`labelCol`."""
         return self._set(labelCol=value)
 
+    def setWeightCol(self: P, value: str) -> P:
+        """Set :py:attr:`weightCol`: a numeric column that weights each row's loss."""
+        return self._set(weightCol=value)
+
     def setPredictionCol(self: P, value: str) -> P:
         """Set :py:attr:`predictionCol`; an empty name leaves the column out."""
         return self._set(predictionCol=value)
@@ -161,32 +180,61 @@ class ModelParams(
         """Set :py:attr:`rawPredictionCol`; an empty name leaves the column out."""
         return self._set(rawPredictionCol=value)
 
-    def inputTensors(self, schema: StructType) -> tuple[Tensor, ...]:
-        """The model's inputs, as the DataFrame's columns make them.
+    def inputColumns(self) -> dict[str, tuple[str, list[str]]]:
+        """For each of the model's inputs, by its tensor's name, the param that names its columns, and the columns.
 
         Raises
         ------
         ParamError
             More than one of featuresCol, inputCols and inputs was set, or inputCols is empty.
-        ColumnError
-            A column is missing, or of a type that cannot become a tensor.
         """
         given = [name for name in ("featuresCol", "inputCols", "inputs") if self.isSet(name)]
         if len(given) > 1:
             values = " and ".join(f"{name}={self.getOrDefault(name)!r}" for name in given)
             raise ParamError(f"{values} are both set, but name the same thing: set one of them (and clear the other)")
         if given == ["inputs"]:
-            return tuple(
-                columns.features(
-                    schema, f"inputs[{key!r}]", value if isinstance(value, list) else [value], f"features:{key}"
-                )
+            return {
+                f"features:{key}": (f"inputs[{key!r}]", value if isinstance(value, list) else [value])
                 for key, value in self.getInputs().items()
-            )
+            }
         if given != ["inputCols"]:
-            return (columns.features(schema, "featuresCol", [self.getFeaturesCol()]),)
+            return {"features": ("featuresCol", [self.getFeaturesCol()])}
         if not self.getInputCols():
             raise ParamError("inputCols=[]: must name at least one column")
-        return (columns.features(schema, "inputCols", list(self.getInputCols())),)
+        return {"features": ("inputCols", list(self.getInputCols()))}
+
+    def inputTensors(self, schema: StructType) -> tuple[Tensor, ...]:
+        """The model's inputs, as the DataFrame's columns make them.
+
+        Raises
+        ------
+        ParamError
+            As :meth:`inputColumns` does.
+        ColumnError
+            A column is missing, or of a type that cannot become a tensor.
+        """
+        return tuple(
+            columns.features(schema, param, given, name) for name, (param, given) in self.inputColumns().items()
+        )
+
+    def labelTensors(self, schema: StructType) -> tuple[Tensor, ...]:
+        """What the model's outputs learn to predict, as the DataFrame's columns make it."""
+        if not self.isSet("labels"):
+            return (columns.label(schema, self.getLabelCol()),)
+        if self.isSet("labelCol"):
+            raise ParamError(
+                f"labelCol={self.getLabelCol()!r} and labels={self.getLabels()!r} are both set: set one of them (and "
+                "clear the other)"
+            )
+        return tuple(
+            columns.label(schema, column, f"labels[{key!r}]", f"label:{key}")
+            for key, column in self.getLabels().items()
+        )
+
+    def weightTensors(self, schema: StructType) -> tuple[Tensor, ...]:
+        """The weight of each row, none where no weightCol is set."""
+        given = self.isDefined("weightCol") and self.getWeightCol()
+        return (columns.weight(schema, self.getWeightCol()),) if given else ()
 
     def outputChoice(self) -> Choice:
         """What the params say of the model's outputs."""
@@ -273,7 +321,7 @@ class RunningParams(HasCheckpointInterval):
         return self._set(collective=value)
 
 
-class TrainingParams(ModelParams, RunningParams, HasWeightCol, HasValidationIndicatorCol, HasSeed):
+class TrainingParams(ModelParams, RunningParams, HasValidationIndicatorCol, HasSeed):
     """Params of every estimator, whatever framework trains its model."""
 
     validationFraction: Param[float] = param(
@@ -281,12 +329,6 @@ class TrainingParams(ModelParams, RunningParams, HasWeightCol, HasValidationIndi
         "Share of the rows held back from training and used to measure it after every epoch (0 <= x < 1; "
         "0 holds back none). The rows are drawn by seed. Not together with validationIndicatorCol.",
         number("validationFraction", low=0.0, below=1.0),
-    )
-    labels: Param[dict[str, str]] = param(
-        "labels",
-        "For models of several outputs: a dict of each output's name to the column it learns to predict. Used in "
-        "place of labelCol.",
-        columns_dict("labels", several=False),
     )
     classWeights: Param[dict[int, float]] = param(
         "classWeights",
@@ -376,14 +418,6 @@ class TrainingParams(ModelParams, RunningParams, HasWeightCol, HasValidationIndi
             verbose=1,
         )
 
-    def getLabels(self) -> dict[str, str]:
-        """Get :py:attr:`labels`."""
-        return self.getOrDefault(self.labels)
-
-    def setLabels(self: P, value: dict[str, str]) -> P:
-        """Set :py:attr:`labels`."""
-        return self._set(labels=value)
-
     def getClassWeights(self) -> dict[int, float]:
         """Get :py:attr:`classWeights`."""
         return self.getOrDefault(self.classWeights)
@@ -400,20 +434,6 @@ class TrainingParams(ModelParams, RunningParams, HasWeightCol, HasValidationIndi
         """Set :py:attr:`cache`."""
         return self._set(cache=value)
 
-    def labelTensors(self, schema: StructType) -> tuple[Tensor, ...]:
-        """What the model's outputs learn to predict, as the DataFrame's columns make it."""
-        if not self.isSet("labels"):
-            return (columns.label(schema, self.getLabelCol()),)
-        if self.isSet("labelCol"):
-            raise ParamError(
-                f"labelCol={self.getLabelCol()!r} and labels={self.getLabels()!r} are both set: set one of them (and "
-                "clear the other)"
-            )
-        return tuple(
-            columns.label(schema, column, f"labels[{key!r}]", f"label:{key}")
-            for key, column in self.getLabels().items()
-        )
-
     def getValidationFraction(self) -> float:
         """Get :py:attr:`validationFraction`."""
         return self.getOrDefault(self.validationFraction)
@@ -425,10 +445,6 @@ class TrainingParams(ModelParams, RunningParams, HasWeightCol, HasValidationIndi
     def setValidationIndicatorCol(self: P, value: str) -> P:
         """Set :py:attr:`validationIndicatorCol`: a boolean column, true where a row is for validation."""
         return self._set(validationIndicatorCol=value)
-
-    def setWeightCol(self: P, value: str) -> P:
-        """Set :py:attr:`weightCol`: a numeric column that weights each row's loss."""
-        return self._set(weightCol=value)
 
     def setSeed(self: P, value: int) -> P:
         """Set :py:attr:`seed`."""

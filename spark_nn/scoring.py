@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 Predict = Callable[[Arrays], Arrays]
 Loader = Callable[[str, int], Predict]
+# A function over batches: of each an array per column in, a struct per row out.
+Scored = Callable[[Iterator[Sequence[pa.Array]]], Iterator[pa.StructArray]]
 
 # Of each row, where rows may be skipped, whether it was scored: pandas cannot say that a whole struct is null.
 _USED = "used"
@@ -80,8 +82,14 @@ class Scorer:
             if predict is None:
                 context = TaskContext.get()
                 cpus = context.cpus() if context else 1
-                predict = _loaded(self.load, SparkFiles.get(self.file), self.sha256, cpus)
+                predict = loaded(self.load, SparkFiles.get(self.file), self.sha256, cpus)
             yield self.score(batch, predict)
+
+    def types(self) -> dict[str, str]:
+        """The SQL type of each value that can be returned."""
+        return {
+            field: self.outputs[output].fields[param] for field, (param, output) in columns_of(self.outputs).items()
+        }
 
     def score(self, batch: Sequence[pa.Array], predict: Predict) -> pa.StructArray:
         """Score one batch.
@@ -148,7 +156,7 @@ def score(dataset: DataFrame, scorer: Scorer, columns: dict[str, str]) -> DataFr
         if name.lower() in taken:
             raise ColumnError(f"{param}={name!r}: there already is such a column; rename or drop it, or set {param}")
         taken.add(name.lower())
-    types = {field: scorer.outputs[output].fields[param] for field, (param, output) in keys.items()}
+    types = scorer.types()
     declared = [f"{quoted(field)}:{types[field]}" for field in scorer.fields] + [f"{_USED}:boolean"] * scorer.skip
     sql = f"struct<{','.join(declared)}>"
     scores = _udf(scorer, sql)(*(expression(tensor) for tensor in scorer.inputs))
@@ -191,56 +199,63 @@ def _shipping_folder() -> Path:
 
 def _udf(scorer: Scorer, sql: str) -> Any:
     """The scorer as a column UDF of the best kind that this Spark has."""
-    functions: Any = F  # pyspark re-exports these without telling type checkers
-    if tuple(int(part) for part in pyspark.__version__.split(".")[:2]) >= (4, 1):
-        # Spark looks at the hints to tell what kind of function it is.
-        if len(scorer.inputs) == 1:
-
-            def arrow(batches: Iterator[pa.Array]) -> Iterator[pa.Array]:
-                yield from scorer((batch,) for batch in batches)
-
-            udf = functions.arrow_udf(arrow, sql)
-        else:
-
-            def arrow_several(batches: Iterator[tuple[pa.Array, ...]]) -> Iterator[pa.Array]:
-                yield from scorer(batches)
-
-            udf = functions.arrow_udf(arrow_several, sql)
-    else:
-        udf = pandas_kind(scorer, sql)
+    udf = arrow_kind(scorer, len(scorer.inputs), sql) if takes_arrow() else pandas_kind(scorer, sql)
     # The filter that leaves rows out would otherwise be moved below the projection, and the model be run twice.
     return udf.asNondeterministic() if scorer.skip else udf
 
 
+def takes_arrow() -> bool:
+    """Whether this Spark has UDFs of Arrow arrays."""
+    return tuple(int(part) for part in pyspark.__version__.split(".")[:2]) >= (4, 1)
+
+
+def arrow_kind(scored: Scored, columns: int, sql: str) -> Any:
+    """A function over batches as an Arrow UDF of so many columns."""
+    functions: Any = F  # pyspark re-exports these without telling type checkers
+
+    # Spark looks at the hints to tell what kind of function it is.
+    def arrow(batches: Iterator[pa.Array]) -> Iterator[pa.Array]:
+        yield from scored((batch,) for batch in batches)
+
+    def arrow_several(batches: Iterator[tuple[pa.Array, ...]]) -> Iterator[pa.Array]:
+        yield from scored(batches)
+
+    return functions.arrow_udf(arrow if columns == 1 else arrow_several, sql)
+
+
 def pandas_kind(scorer: Scorer, sql: str) -> Any:
     """The scorer as a pandas UDF, for Spark 4.0."""
-    functions: Any = F
     kinds = [_arrow_type(tensor) for tensor in scorer.inputs]
 
     def arrays(batch: Sequence[pd.Series]) -> tuple[pa.Array, ...]:
         return tuple(
-            pa.array(_nested(series) if tensor.depth > 1 else series, type=kind, from_pandas=True)
+            pa.array(nested(series) if tensor.depth > 1 else series, type=kind, from_pandas=True)
             for series, kind, tensor in zip(batch, kinds, scorer.inputs, strict=True)
         )
 
-    def frame(scored: pa.StructArray) -> pd.DataFrame:
-        names = [field.name for field in scored.type]
-        values = zip(names, scored.flatten(), strict=True)
+    return frames_kind(scorer, arrays, len(scorer.inputs), sql)
+
+
+def frames_kind(
+    scored: Scored, arrays: Callable[[Sequence[pd.Series]], Sequence[pa.Array]], columns: int, sql: str
+) -> Any:
+    """A function over batches as a pandas UDF of so many columns, given what turns their series into Arrow arrays."""
+    functions: Any = F
+
+    def frame(structs: pa.StructArray) -> pd.DataFrame:
+        names = [field.name for field in structs.type]
+        values = zip(names, structs.flatten(), strict=True)
         return pd.DataFrame({name: array.to_numpy(zero_copy_only=False) for name, array in values})
 
-    if len(scorer.inputs) == 1:
-
-        def frames(batches: Iterator[pd.Series]) -> Iterator[pd.DataFrame]:
-            for scored in scorer(arrays((batch,)) for batch in batches):
-                yield frame(scored)
-
-        return functions.pandas_udf(frames, sql)
+    def frames(batches: Iterator[pd.Series]) -> Iterator[pd.DataFrame]:
+        for structs in scored(arrays((batch,)) for batch in batches):
+            yield frame(structs)
 
     def frames_of_several(batches: Iterator[tuple[pd.Series, ...]]) -> Iterator[pd.DataFrame]:
-        for scored in scorer(map(arrays, batches)):
-            yield frame(scored)
+        for structs in scored(map(arrays, batches)):
+            yield frame(structs)
 
-    return functions.pandas_udf(frames_of_several, sql)
+    return functions.pandas_udf(frames if columns == 1 else frames_of_several, sql)
 
 
 def _arrow_type(tensor: Tensor) -> pa.DataType:
@@ -251,7 +266,7 @@ def _arrow_type(tensor: Tensor) -> pa.DataType:
     return kind
 
 
-def _nested(series: pd.Series) -> list[Any]:
+def nested(series: pd.Series) -> list[Any]:
     """Arrays of arrays as lists, which is what Arrow takes."""
 
     def plain(value: Any) -> Any:
@@ -261,8 +276,8 @@ def _nested(series: pd.Series) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=_KEPT_MODELS)
-def _loaded(load: Loader, path: str, sha256: str, cpus: int) -> Predict:
-    """The predicting function of a model file, loaded once per Python worker."""
+def loaded(load: Callable[[str, int], Any], path: str, sha256: str, cpus: int) -> Any:
+    """What a loader makes of a model file, such as its predicting function; loaded once per Python worker."""
     found = digest(Path(path))
     if found != sha256:
         raise ModelFileError(f"the model file {Path(path).name} arrived changed: its SHA-256 is {found}, not {sha256}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -51,6 +52,18 @@ class TrainingSummary:
     def epochs(self) -> int:
         """Epochs that were trained; fewer than asked for where a callback stopped early."""
         return max((len(values) for values in self.history.values()), default=0)
+
+    @property
+    def bestEpoch(self) -> int | None:
+        """The epoch of the smallest loss, 1 for the first: of ``val_loss`` where there is one, else of ``loss``.
+
+        The earliest of several that are alike. None where no epoch has a loss that is a number. The model's weights
+        are those of the last epoch, unless a callback (``EarlyStopping`` with ``restore_best_weights``) put others
+        back.
+        """
+        losses = self.history.get("val_loss") or self.history.get("loss") or []
+        known = [(loss, epoch) for epoch, loss in enumerate(losses, 1) if not math.isnan(loss)]
+        return min(known)[1] if known else None
 
     def toDict(self) -> dict[str, Any]:
         """The summary as JSON can hold it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import time
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from pyspark import keyword_only
 
 from spark_nn.checkpoint import Place
 from spark_nn.converters import integer, number, param
+from spark_nn.errors import ParamError
 from spark_nn.estimator import NeuralEstimator, NeuralModel
 from spark_nn.trainer import Trained, Trainer, check_digests, publish
 
@@ -41,6 +43,14 @@ class ToyEstimator(NeuralEstimator["ToyModel"]):
 class ToyModel(NeuralModel):
     def _loader(self):
         return load
+
+    def _measurer(self):
+        return ToyMeasure
+
+    def _exporter(self, format):
+        if format != "npy":
+            raise ParamError(f"format={format!r}: must be 'npy'")
+        return lambda path: shutil.copyfile(self.fitted.file.path, path)
 
 
 @dataclass
@@ -129,3 +139,27 @@ def refuse(fs, times):
 def load(path, cpus):
     toy = Toy(np.load(path, allow_pickle=False))
     return lambda block: toy.predict(block.astype(np.float64))[:, None]
+
+
+class ToyMeasure:
+    """Counts weighted squared errors."""
+
+    def __init__(self, path, cpus):
+        self.predict = load(path, cpus)
+        self.sums = np.zeros(2)
+
+    def reset(self):
+        self.sums[:] = 0
+
+    def add(self, inputs, labels, weights):
+        errors = (self.predict(inputs)[:, 0] - labels.reshape(len(labels), -1).mean(axis=1)) ** 2
+        self.sums += [(errors * (1 if weights is None else weights)).sum(), len(errors)]
+
+    def state(self):
+        return self.sums.tobytes()
+
+    def merge(self, state):
+        self.sums += np.frombuffer(state)
+
+    def results(self):
+        return {"loss": self.sums[0] / self.sums[1], "rows": self.sums[1]}

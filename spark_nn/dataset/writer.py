@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark import TaskContext
 
-from spark_nn.columns import Invalid, Problem, Tensor, decode, row_bytes
+from spark_nn.columns import Invalid, Problem, Tensor, decode_batch, row_bytes
 from spark_nn.dataset.fingerprint import Fingerprint, hash_rows, mix
 from spark_nn.store import RunDir
 
@@ -97,11 +97,11 @@ class PartitionWriter:
             for batch in batches:
                 first, rows = content.rows, batch.num_rows
                 invalid = Invalid(rows)
-                block, known = _decode(batch, tensors, invalid)
+                block, known = decode_batch(batch, tensors, invalid)
                 if invalid.problems and self.skip:
                     skipped += int(invalid.rows.sum())
                     batch = batch.filter(pa.array(~invalid.rows))
-                    block, known = _decode(batch, tensors, Invalid(batch.num_rows))
+                    block, known = decode_batch(batch, tensors, Invalid(batch.num_rows))
                 elif invalid.problems:
                     problems += invalid.problems
                 if problems or not batch.num_rows:
@@ -183,20 +183,6 @@ def arrow_type(tensor: Tensor) -> pa.DataType:
         return pa.binary(tensor.numpy.itemsize * tensor.size)
     element = pa.from_numpy_dtype(tensor.numpy) if tensor.numeric else pa.type_for_alias(tensor.dtype)
     return pa.list_(element, tensor.size) if tensor.depth else element
-
-
-def _decode(batch: pa.RecordBatch, tensors: list[Tensor], invalid: Invalid) -> tuple[Block, list[Tensor]]:
-    """Decode a batch; the first rows seen decide the shapes that were open."""
-    block: Block = {}
-    known = []
-    for tensor in tensors:
-        values = decode(batch.column(tensor.name), tensor, invalid)
-        if values is not None:
-            block[tensor.name] = values
-            if tensor.shape is None and len(values):
-                tensor = replace(tensor, shape=values.shape[1:])
-        known.append(tensor)
-    return block, known
 
 
 def _string_bytes(batch: pa.RecordBatch, tensors: list[Tensor]) -> int:

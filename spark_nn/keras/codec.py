@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,24 +114,16 @@ def _stderr_muted() -> Iterator[None]:
         os.close(kept)
 
 
-def load_predictor(path: str, cpus: int) -> Callable[[Any], Any]:
-    """Executor side of scoring: the function that predicts a block of rows.
+def start_tensorflow(cpus: int) -> None:
+    """Executor side: import Keras on TensorFlow, quietly, with as many threads as the task has cores.
 
-    Parameters
-    ----------
-    path : str
-        A local ``.keras`` file.
-    cpus : int
-        Cores of the task; TensorFlow gets as many threads.
-
-    Returns
-    -------
-    callable
-        Takes an array of shape ``(rows,) + input shape``, returns one of shape ``(rows,) + output shape``; dicts of
-        such arrays by the model's names where there are several.
+    Raises
+    ------
+    SparkNNError
+        The process has imported Keras on another backend before.
     """
     if "keras" not in sys.modules:
-        # The model's file does not depend on the backend, but this function does.
+        # The model's file does not depend on the backend, but what runs it here does.
         os.environ["KERAS_BACKEND"] = "tensorflow"
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         with _stderr_muted():
@@ -150,6 +142,38 @@ def load_predictor(path: str, cpus: int) -> Callable[[Any], Any]:
     with contextlib.suppress(RuntimeError):
         tf.config.threading.set_intra_op_parallelism_threads(cpus)
         tf.config.threading.set_inter_op_parallelism_threads(cpus)
+
+
+def slices(arrays: Mapping[str, np.ndarray]) -> Iterator[slice]:
+    """Cut the rows of a model's inputs into what goes through it at once.
+
+    What a layer puts out may be a hundred times its input: images go through in smaller slices than rows of numbers.
+    """
+    total = len(next(iter(arrays.values())))
+    row = max(1, sum(array[:1].nbytes for array in arrays.values()))
+    rows = int(np.clip(_SLICE_BYTES // row, 32, 4096))
+    return (slice(start, start + rows) for start in range(0, total, rows))
+
+
+def load_predictor(path: str, cpus: int) -> Callable[[Any], Any]:
+    """Executor side of scoring: the function that predicts a block of rows.
+
+    Parameters
+    ----------
+    path : str
+        A local ``.keras`` file.
+    cpus : int
+        Cores of the task; TensorFlow gets as many threads.
+
+    Returns
+    -------
+    callable
+        Takes an array of shape ``(rows,) + input shape``, returns one of shape ``(rows,) + output shape``; dicts of
+        such arrays by the model's names where there are several.
+    """
+    start_tensorflow(cpus)
+    import tensorflow as tf
+
     model = load_model(path)
 
     # Without autograph, which would leave generated files in the temporary directory: Keras layers need none.
@@ -159,15 +183,11 @@ def load_predictor(path: str, cpus: int) -> Callable[[Any], Any]:
 
     def predict(inputs: Any) -> Any:
         arrays = inputs if isinstance(inputs, dict) else {"": inputs}
-        total = len(next(iter(arrays.values())))
-        # What a layer puts out may be a hundred times its input: images go through in smaller slices than rows.
-        row = max(1, sum(array[:1].nbytes for array in arrays.values()))
-        rows = int(np.clip(_SLICE_BYTES // row, 32, 4096))
-        slices = []
-        for start in range(0, total, rows):
-            part = {name: tf.convert_to_tensor(array[start : start + rows]) for name, array in arrays.items()}
-            slices.append(forward(part if isinstance(inputs, dict) else part[""]))
-        outputs = {name: np.concatenate([each[name].numpy() for each in slices]) for name in slices[0]}
+        pieces = []
+        for rows in slices(arrays):
+            part = {name: tf.convert_to_tensor(array[rows]) for name, array in arrays.items()}
+            pieces.append(forward(part if isinstance(inputs, dict) else part[""]))
+        outputs = {name: np.concatenate([each[name].numpy() for each in pieces]) for name in pieces[0]}
         return outputs.get("", outputs)
 
     return predict

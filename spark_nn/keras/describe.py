@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from spark_nn.columns import Tensor
-from spark_nn.errors import ParamError
+from spark_nn.outputs import check_labels
 
 # Losses whose models predict a number.
 _REGRESSION = {
@@ -55,17 +55,13 @@ def describe_outputs(model: Any, put_out: Any, labels: Sequence[Tensor]) -> dict
         There is no label for an output, or no output for a label.
     """
     outputs = by_name(model, put_out)
-    given = [tensor.key for tensor in labels]
-    if len(outputs) > 1 and set(given) != set(outputs):
-        found = "labelCol is for models of one" if given == [None] else f"labels names {', '.join(map(repr, given))}"
-        raise ParamError(
-            f"the model has {len(outputs)} outputs, {', '.join(map(repr, outputs))}, and {found}: name a column for "
-            "each output, and for nothing else, with the param labels={output: column}"
-        )
-    if len(outputs) == 1 and len(given) > 1:
-        raise ParamError(
-            f"the model has one output, and labels names {', '.join(map(repr, given))}: name one column, with labelCol"
-        )
+    check_labels(outputs, [tensor.key for tensor in labels])
+    return describe_model(model, put_out)
+
+
+def describe_model(model: Any, put_out: Any) -> dict[str, dict[str, Any]]:
+    """The same without a look at labels; a model that is not compiled has no losses, and its outputs are raw."""
+    outputs = by_name(model, put_out)
     return {name: _describe(output, loss_of(model, name, list(outputs))) for name, output in outputs.items()}
 
 
@@ -81,6 +77,16 @@ def loss_of(model: Any, output: str, outputs: Sequence[str]) -> Any:
     while isinstance(given, (list, tuple)) and len(given) == 1:
         (given,) = given
     return keras.losses.get(given)
+
+
+def other_reduction(loss: Any) -> str | None:
+    """A loss among those of a compiled model that is no mean over rows, and what it is; None where there is none."""
+    losses = loss.values() if isinstance(loss, dict) else loss if isinstance(loss, (list, tuple)) else [loss]
+    for each in losses:
+        reduction = getattr(each, "reduction", "sum_over_batch_size")
+        if reduction not in ("sum_over_batch_size", "mean", "auto"):
+            return f"{type(each).__name__} has reduction={reduction!r}"
+    return None
 
 
 def _describe(output: Any, loss: Any) -> dict[str, Any]:

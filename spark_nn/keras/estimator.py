@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ from pyspark.ml.param import Param
 from spark_nn.converters import loss_weights, param, plain_dict
 from spark_nn.errors import ParamError
 from spark_nn.estimator import NeuralEstimator, NeuralModel
-from spark_nn.keras import codec
+from spark_nn.evaluation import MeasureLoader
+from spark_nn.keras import codec, export, measure, pretrained
 from spark_nn.keras.training import INITIAL_MODEL, MODEL, KerasTrainer, Recipe
 from spark_nn.persistence import ModelFile
 from spark_nn.scoring import Loader
@@ -532,9 +534,50 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
 
 
 class KerasModel(NeuralModel):
-    """A fitted Keras model that scores DataFrames; :class:`KerasEstimator` makes it."""
+    """A Keras model that scores DataFrames; :class:`KerasEstimator` makes it, or :meth:`fromKeras`.
+
+    The formats of :meth:`export` are ``"tf_saved_model"``, a folder for TensorFlow Serving and
+    ``tf.saved_model.load``; ``"onnx"``, a file (with the extra ``onnx``; not for models that take strings); and
+    ``"keras"``, the native file.
+    """
 
     __module__ = "spark_nn"
+
+    @classmethod
+    def fromKeras(cls, model: Any, **params: Any) -> KerasModel:
+        """A model that scores with a network which no estimator fitted, such as a pretrained one.
+
+        Parameters
+        ----------
+        model : keras.Model
+            Built, with inputs whose rows have a fixed shape. Where it is compiled, its loss decides the output columns
+            as after a fit, and :meth:`evaluate` measures by its loss and metrics.
+        **params
+            Params of this class: `featuresCol`, `inputCols` or `inputs`, `predictionCol` and the others. None stands
+            for not given.
+
+        Returns
+        -------
+        KerasModel
+            Without a summary.
+
+        Raises
+        ------
+        ParamError
+            The network is not built, has an input of open shape, or cannot be loaded where it is to score; or a param
+            is unknown or does not fit it.
+
+        Examples
+        --------
+        >>> KerasModel.fromKeras(native, featuresCol="image").transform(images)  # doctest: +SKIP
+        """
+        made = cls()
+        if unknown := [name for name in params if not made.hasParam(name)]:
+            known = ", ".join(param.name for param in made.params)
+            raise ParamError(f"a {cls.__name__} has no param {unknown[0]!r}: it has {known}")
+        made._set(**{name: value for name, value in params.items() if value is not None})
+        made._fitted = pretrained.describe(model, made.inputColumns())
+        return made
 
     @property
     def model(self) -> Any:
@@ -546,3 +589,12 @@ class KerasModel(NeuralModel):
 
     def _loader(self) -> Loader:
         return codec.load_predictor
+
+    def _measurer(self) -> MeasureLoader:
+        measure.check_compiled(self.fitted.file.path)
+        return measure.load_measure
+
+    def _exporter(self, format: str) -> Callable[[Path], None]:
+        export.check_format(format)
+        fitted = self.fitted
+        return functools.partial(export.write, fitted.file.path, fitted.inputs, format)

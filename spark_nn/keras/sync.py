@@ -23,6 +23,7 @@ import tensorflow as tf
 from spark_nn.errors import NonFiniteLoss
 from spark_nn.gang.collective import Collective
 from spark_nn.keras.gradients import Averager
+from spark_nn.keras.tally import array_of, plain, results, settle, tally
 
 # The values of metrics: over this rank's rows, and over those of all ranks.
 Measured = tuple[dict[str, Any], dict[str, Any]]
@@ -76,7 +77,7 @@ class Synchroniser:
         for optimizer in optimizers(self.model):
             variables += optimizer.variables
         for variable in variables:
-            value = _array(variable)
+            value = array_of(variable)
             # As bytes, because not every type of Keras is one that can be added up.
             self.collective.broadcast(value.reshape(-1).view(np.uint8))
             if variable.name == "seed_generator_state":
@@ -149,24 +150,11 @@ class Synchroniser:
 
     def sum_metrics(self) -> Measured:
         """The value of each metric over the rows of this rank and of all. The metrics' own state becomes global."""
-        own = self._results()
-        variables = self.model.metrics_variables
-        arrays = [_array(variable) for variable in variables]
-        # Keras metrics keep sums and counts, which add up over ranks; doubles hold both exactly enough.
-        total = np.concatenate([np.zeros(0), *map(np.ravel, arrays)], dtype=np.float64)
+        own = results(self.model)
+        total = tally(self.model)
         self.collective.all_reduce(total)
-        start = 0
-        for variable, array in zip(variables, arrays, strict=True):
-            part = total[start : start + array.size].reshape(array.shape)
-            start += array.size
-            # A metric may say that a variable of its is no sum.
-            if variable.aggregation == "mean":
-                part = part / self.collective.world
-            variable.assign(part.astype(array.dtype))
-        return own, self._results()
-
-    def _results(self) -> dict[str, Any]:
-        return {name: _plain(value) for name, value in self.model.get_metrics_result().items()}
+        settle(self.model, total, self.collective.world)
+        return own, results(self.model)
 
     def combine_logs(self, logs: dict[str, Any], own: dict[str, Any], every: dict[str, Any]) -> dict[str, Any]:
         """What this rank's last step logged (nothing where it had no rows), for the rows of all ranks.
@@ -174,10 +162,10 @@ class Synchroniser:
         Given the metrics' values over the rows of this rank and of all: the latter where a metric's value was logged,
         else the mean over the ranks. The same bits on every rank, whatever its processor.
         """
-        plain = {name: _plain(value) for name, value in logs.items()}
+        logged_here = {name: plain(value) for name, value in logs.items()}
         news = {
             name: (value, name in own and np.array_equal(value, own[name], equal_nan=True), every.get(name))
-            for name, value in plain.items()
+            for name, value in logged_here.items()
         }
         gathered = [json.loads(part) for part in self.collective.all_gather(json.dumps(news).encode())]
         values: dict[str, Any] = {}
@@ -195,7 +183,7 @@ class Synchroniser:
         if len(set(self.collective.all_gather(_digest(variables)))) == 1:
             return
         for variable in variables:
-            value = _array(variable)
+            value = array_of(variable)
             if "float" in value.dtype.name:
                 # Halves add up in single precision; doubles stay doubles.
                 wide = value.astype(
@@ -380,19 +368,8 @@ def _not_finite(loss: Any) -> Any:
     return 1.0 - tf.cast(tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(loss))), tf.float32)
 
 
-def _array(variable: Any) -> np.ndarray:
-    """A variable's value as an array of its own."""
-    return np.array(keras.ops.convert_to_numpy(variable.value))
-
-
-def _plain(value: Any) -> Any:
-    """A metric's value as JSON can hold it; some have a value per class."""
-    array = np.asarray(keras.ops.convert_to_numpy(value), np.float64)
-    return float(array.item()) if array.size == 1 else array.tolist()
-
-
 def _digest(variables: Sequence[Any]) -> bytes:
     digest = hashlib.sha256()
     for variable in variables:
-        digest.update(_array(variable).tobytes())
+        digest.update(array_of(variable).tobytes())
     return digest.digest()

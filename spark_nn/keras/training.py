@@ -24,7 +24,7 @@ from spark_nn.dataset.stream import Stream
 from spark_nn.errors import ParamError
 from spark_nn.gang.context import GangContext
 from spark_nn.keras import codec
-from spark_nn.keras.describe import describe_outputs
+from spark_nn.keras.describe import describe_outputs, other_reduction
 from spark_nn.keras.feed import Feed
 from spark_nn.keras.names import check_name
 from spark_nn.keras.pace import steps_per_execution
@@ -327,11 +327,8 @@ def _parts(place: Place, epochs: int) -> list[tuple[int, int, int]]:
 
 def _check_reduction(loss: Any) -> None:
     """Refuse losses that do not average over rows: the mean over ranks would not be that of the global batch."""
-    losses = loss.values() if isinstance(loss, dict) else loss if isinstance(loss, (list, tuple)) else [loss]
-    for each in losses:
-        reduction = getattr(each, "reduction", "sum_over_batch_size")
-        if reduction not in ("sum_over_batch_size", "mean", "auto"):
-            raise ParamError(
-                f"loss {type(each).__name__} has reduction={reduction!r}, which several workers cannot share: use "
-                "'sum_over_batch_size' (Keras's default), or numWorkers=1"
-            )
+    if (found := other_reduction(loss)) is not None:
+        raise ParamError(
+            f"loss {found}, which several workers cannot share: use 'sum_over_batch_size' (Keras's default), or "
+            "numWorkers=1"
+        )

@@ -1,0 +1,67 @@
+"""A Keras model in the formats of other programs. It imports Keras, so it is called only where the user asks for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from spark_nn.columns import Tensor, arrange
+from spark_nn.errors import ParamError
+from spark_nn.keras import codec
+
+FORMATS = ("tf_saved_model", "onnx", "keras")
+
+
+def check_format(format: str) -> None:
+    """Refuse a format that cannot be written here, before anything is done.
+
+    Raises
+    ------
+    ParamError
+        The format is unknown, or a package that it needs is missing.
+    """
+    if format not in FORMATS:
+        raise ParamError(f"format={format!r}: must be one of {', '.join(map(repr, FORMATS))}")
+    if format == "onnx" and (missing := [each for each in ("tf2onnx", "onnx") if not importlib.util.find_spec(each)]):
+        raise ParamError(
+            f"format='onnx' needs {' and '.join(missing)}, which is not installed here: pip install 'spark-nn[onnx]'"
+        )
+
+
+def write(file: Path, inputs: Sequence[Tensor], format: str, target: Path) -> None:
+    """Write a model in a format.
+
+    Parameters
+    ----------
+    file : Path
+        The ``.keras`` file.
+    inputs : sequence of Tensor
+        The model's inputs.
+    format : {"tf_saved_model", "onnx", "keras"}
+        What to write: a folder for TensorFlow Serving and ``tf.saved_model.load``; a file for ONNX runtimes; the
+        native file.
+    target : Path
+        A local path that does not exist.
+
+    Raises
+    ------
+    ParamError
+        The model cannot be written in this format.
+    """
+    if format == "keras":
+        shutil.copyfile(file, target)
+        return
+    if format == "onnx" and (others := [each for each in inputs if not each.numeric]):
+        raise ParamError(
+            f"format='onnx' takes no strings, and the model's input {others[0].key or others[0].name!r} is one: export "
+            "it as 'tf_saved_model'"
+        )
+    model = codec.load_model(str(file))
+    if all(each.numeric for each in inputs):
+        # A network that was never called does not know all that an export needs.
+        model(arrange({each.name: np.zeros((1, *(each.shape or ())), each.numpy) for each in inputs}, "features"))
+    model.export(target, format=format, verbose=False)

@@ -1,0 +1,185 @@
+"""Executor side of an evaluation: a compiled Keras model that counts what its loss and metrics need.
+
+The driver imports this module to name the loader, and to see whether a model's file is compiled; Keras and TensorFlow
+are imported only on the executor.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spark_nn.columns import Arrays
+from spark_nn.errors import ModelFileError
+from spark_nn.keras import codec
+from spark_nn.keras.describe import by_name, other_reduction
+
+_CURE = (
+    "compile the native model (the property `model`) with what its file can hold, a loss and metrics by their names or "
+    "of Keras's own classes, and measure with KerasModel.fromKeras(native)"
+)
+
+
+def check_compiled(file: Path) -> None:
+    """Driver side: refuse a model file that names no loss.
+
+    Raises
+    ------
+    ModelFileError
+        The model was saved without having been compiled.
+    """
+    with zipfile.ZipFile(file) as archive:
+        config = json.loads(archive.read("config.json"))
+    compiled = config.get("compile_config") or {}
+    # What a class of the user's own keeps of its compile(), Keras alone can read.
+    if not compiled or compiled.get("loss", "unknown") is None:
+        raise ModelFileError(f"the model is not compiled, so there is no loss to evaluate: {_CURE}")
+
+
+def load_measure(path: str, cpus: int) -> KerasMeasure:
+    """The measure of a ``.keras`` file.
+
+    Parameters
+    ----------
+    path : str
+        A local file.
+    cpus : int
+        Cores of the task; TensorFlow gets as many threads.
+
+    Raises
+    ------
+    ModelFileError
+        The file does not hold the loss or a metric, or the loss is not a mean over rows.
+    """
+    codec.start_tensorflow(cpus)
+    try:
+        model = codec.load_model(path, compiled=True)
+    except (TypeError, ValueError) as error:
+        raise ModelFileError(
+            f"the model's loss or one of its metrics is a function or class that its file does not hold: {_CURE} "
+            f"({error})"
+        ) from error
+    if (found := other_reduction(model.loss)) is not None:
+        raise ModelFileError(
+            f"the model's loss {found}, and its value would depend on how the rows are partitioned: use "
+            f"'sum_over_batch_size' (Keras's default). For that, {_CURE}"
+        )
+    return KerasMeasure(model)
+
+
+class KerasMeasure:
+    """Counts rows by a model's own ``test_step``.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Compiled.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._graph: Any = None
+        self._sizes: set[int] = set()
+        self._outputs: tuple[str, ...] | None = None
+        self._total: np.ndarray | None = None
+        self._parts = 0
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self._model.reset_metrics()
+        self._total, self._parts = None, 0
+
+    def add(self, inputs: Arrays, labels: Arrays, weights: np.ndarray | None) -> None:
+        """Count rows."""
+        from spark_nn.keras.tally import tally
+
+        self._prepare(inputs)
+        arrays = inputs if isinstance(inputs, dict) else {"": inputs}
+        total = len(next(iter(arrays.values())))
+        for rows in codec.slices(arrays):
+            data: tuple[Any, ...] = (_tensors(inputs, rows), self._ordered(_tensors(labels, rows)))
+            if weights is not None:
+                data = (*data, _tensors(weights, rows))
+            self._step(min(rows.stop, total) - rows.start)(data)
+        # Taken out as doubles, and often: what counts in single precision loses small numbers beside large ones.
+        self._take(tally(self._model), 1)
+        self._model.reset_metrics()
+
+    def state(self) -> bytes:
+        """What was counted: a line of JSON that describes the variables, then little-endian doubles."""
+        from spark_nn.keras.tally import tally
+
+        total = tally(self._model) if self._total is None else self._total
+        header = {"variables": self._variables(), "parts": self._parts}
+        return json.dumps(header).encode() + b"\n" + total.astype("<f8").tobytes()
+
+    def merge(self, state: bytes) -> None:
+        """Count what another process has counted.
+
+        Raises
+        ------
+        ModelFileError
+            It has counted other things.
+        """
+        line, _, data = state.partition(b"\n")
+        header = json.loads(line)
+        if header["variables"] != self._variables():
+            raise ModelFileError(
+                f"the model counts {self._variables()} here, and {header['variables']} elsewhere: every executor needs "
+                "the same version of Keras"
+            )
+        self._take(np.frombuffer(data, "<f8"), header["parts"])
+
+    def results(self) -> dict[str, Any]:
+        """The values of loss and metrics over all that was counted."""
+        from spark_nn.keras.tally import results, settle
+
+        if self._total is not None:
+            settle(self._model, self._total, self._parts)
+        return results(self._model)
+
+    def _take(self, total: np.ndarray, parts: int) -> None:
+        self._total = total if self._total is None else self._total + total
+        self._parts += parts
+
+    def _variables(self) -> list[list[Any]]:
+        """Name, shape and dtype of each variable that counts."""
+        return [[each.name, list(each.shape), str(each.dtype)] for each in self._model.metrics_variables]
+
+    def _prepare(self, inputs: Any) -> None:
+        """Find out, when the first rows are there, how the model takes labels."""
+        if self._graph is not None:
+            return
+        import tensorflow as tf
+
+        put_out = self._model(_tensors(inputs, slice(0, 1)), training=False)
+        names = tuple(by_name(self._model, put_out))
+        if isinstance(put_out, (list, tuple)) and len(names) > 1:
+            self._outputs = names
+        # Without autograph, which would leave generated files in the temporary directory.
+        self._graph = tf.function(self._model.test_step, autograph=False)
+
+    def _step(self, rows: int) -> Any:
+        """What runs a slice of so many rows.
+
+        A graph is for one number of rows: Keras weights the losses of several outputs by the number that it was built
+        for, and not at all where that is open. A number that has not come before may not come again, and needs none.
+        """
+        known = rows in self._sizes and not self._model.run_eagerly
+        self._sizes.add(rows)
+        return self._graph if known else self._model.test_step
+
+    def _ordered(self, labels: Any) -> Any:
+        """Labels as Keras wants them: in the order of the outputs, where the model puts out a list."""
+        return labels if self._outputs is None else tuple(labels[name] for name in self._outputs)
+
+
+def _tensors(arrays: Any, rows: slice) -> Any:
+    """Rows of arrays as tensors, those of strings too."""
+    import tensorflow as tf
+
+    return tf.nest.map_structure(lambda array: tf.convert_to_tensor(array[rows]), arrays)
