@@ -45,8 +45,7 @@ class SqlScorer:
 
     def _inputs(self, batch: Sequence[pa.Array]) -> list[pa.Array]:
         """The arguments as the model's inputs."""
-        if isinstance(batch, (pa.Array, pd.Series)):
-            batch = [batch]  # what Spark makes of one argument where several were expected
+        batch = _separate(batch)
         taken = [column for tensor in self.scorer.inputs for column in tensor.columns]
         if len(batch) != len(taken):
             raise ColumnError(
@@ -160,12 +159,31 @@ def _of_vectors(vectors: pa.StructArray, tensor: Tensor) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(table[fits].reshape(-1)), mask=pa.array(missing))
 
 
-def _arrays(batch: Sequence[pd.Series]) -> list[pa.Array]:
-    """Arguments as Arrow arrays, where they arrive as pandas has them: Vectors as objects, arrays as NumPy's."""
+def _separate(batch: Any) -> Sequence[Any]:
+    """The arguments one by one, also where there are more or fewer than Spark was told to expect."""
+    if isinstance(batch, (pa.Array, pd.Series, pd.DataFrame)):
+        return [batch]
+    given: Sequence[Any] = batch[0] if len(batch) == 1 and isinstance(batch[0], tuple) else batch
+    return given
 
-    def plain(value: Any) -> Any:
-        return value.toArray().tolist() if hasattr(value, "toArray") else value
 
-    return [
-        pa.array(nested(series.map(plain)) if series.dtype == object else series, from_pandas=True) for series in batch
-    ]
+def _arrays(batch: Sequence[Any]) -> list[pa.Array]:
+    """Arguments as Arrow arrays, where they arrive as pandas has them: Vectors as frames of their fields."""
+    return [_array(argument) for argument in _separate(batch)]
+
+
+def _array(argument: pd.Series | pd.DataFrame) -> pa.Array:
+    if isinstance(argument, pd.DataFrame):
+        kinds = {
+            "type": pa.int8(),
+            "size": pa.int32(),
+            "indices": pa.list_(pa.int32()),
+            "values": pa.list_(pa.float64()),
+        }
+        if set(argument) != set(kinds):
+            raise ColumnError(
+                f"the function of a model was called with a struct of {', '.join(argument)}: a Vector it takes"
+            )
+        fields = [pa.array(argument[name], kind, from_pandas=True) for name, kind in kinds.items()]
+        return pa.StructArray.from_arrays(fields, list(kinds), mask=fields[0].is_null())
+    return pa.array(nested(argument) if argument.dtype == object else argument, from_pandas=True)

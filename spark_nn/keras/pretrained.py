@@ -78,7 +78,14 @@ def _tensor(tensor: Any, name: str, param: str, columns: list[str]) -> Tensor:
             f"{param}={columns!r} makes an input of shape {(len(columns),)}, and the model's input {tensor.name!r} has "
             f"{shape}: name as many columns, or one that holds an array"
         )
-    return Tensor(name, tuple(columns), "scalars" if len(columns) > 1 else "array", _dtype(tensor), len(shape), shape)
+    return Tensor(
+        name,
+        tuple(columns),
+        "scalars" if len(columns) > 1 else "array",
+        _dtype(tensor, shape, columns),
+        len(shape),
+        shape,
+    )
 
 
 def _fixed(what: str, tensor: Any) -> tuple[int, ...]:
@@ -92,12 +99,15 @@ def _fixed(what: str, tensor: Any) -> tuple[int, ...]:
     return shape
 
 
-def _dtype(tensor: Any) -> str:
-    """The dtype of the column values that an input takes; Keras casts them to its own."""
+def _dtype(tensor: Any, shape: tuple[int, ...], columns: list[str]) -> str:
+    """The dtype of the column values that an input takes; Keras casts them to its own.
+
+    Single numbers, which make inputs of width one or are joined, are floats as for a fit.
+    """
     dtype = str(tensor.dtype)
     if dtype == "string":
         return "string"
-    if "float" in dtype or dtype == "bool":
+    if "float" in dtype or dtype == "bool" or ("int" in dtype and (len(columns) > 1 or shape == (1,))):
         return "float32"
     if "int" in dtype:
         return "int64" if dtype in ("int64", "uint64", "uint32") else "int32"
