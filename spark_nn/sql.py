@@ -18,6 +18,9 @@ from spark_nn.columns import Tensor, quoted
 from spark_nn.errors import ColumnError, ParamError
 from spark_nn.scoring import Scorer, arrow_kind, frames_kind, nested, takes_arrow
 
+# The fields of a Vector, as Arrow has them.
+_VECTOR = {"type": pa.int8(), "size": pa.int32(), "indices": pa.list_(pa.int32()), "values": pa.list_(pa.float64())}
+
 
 @dataclass(frozen=True)
 class SqlScorer:
@@ -90,7 +93,7 @@ def _input(arguments: list[pa.Array], tensor: Tensor) -> pa.Array:
         scalars = [_cast(array, tensor, column, 0) for array, column in zip(arguments, tensor.columns, strict=True)]
         return _side_by_side(scalars, tensor)
     (array,), (column,) = arguments, tensor.columns
-    if pa.types.is_struct(array.type) and {"type", "size", "indices", "values"} <= {each.name for each in array.type}:
+    if pa.types.is_struct(array.type) and {each.name for each in array.type} == set(_VECTOR):
         array = _of_vectors(array, tensor)
     return _cast(array, tensor, column, tensor.depth)
 
@@ -173,17 +176,12 @@ def _arrays(batch: Sequence[Any]) -> list[pa.Array]:
 
 
 def _array(argument: pd.Series | pd.DataFrame) -> pa.Array:
-    if isinstance(argument, pd.DataFrame):
-        kinds = {
-            "type": pa.int8(),
-            "size": pa.int32(),
-            "indices": pa.list_(pa.int32()),
-            "values": pa.list_(pa.float64()),
-        }
-        if set(argument) != set(kinds):
-            raise ColumnError(
-                f"the function of a model was called with a struct of {', '.join(argument)}: a Vector it takes"
-            )
-        fields = [pa.array(argument[name], kind, from_pandas=True) for name, kind in kinds.items()]
-        return pa.StructArray.from_arrays(fields, list(kinds), mask=fields[0].is_null())
-    return pa.array(nested(argument) if argument.dtype == object else argument, from_pandas=True)
+    if isinstance(argument, pd.Series):
+        return pa.array(nested(argument) if argument.dtype == object else argument, from_pandas=True)
+    if (names := set(map(str, argument.columns))) != set(_VECTOR):
+        raise ColumnError(
+            f"the function of a model was called with a struct of {', '.join(sorted(names))}, and takes Vectors, "
+            "arrays and single values"
+        )
+    fields = [pa.array(argument[name], kind, from_pandas=True) for name, kind in _VECTOR.items()]
+    return pa.StructArray.from_arrays(fields, list(_VECTOR), mask=fields[0].is_null())

@@ -101,10 +101,10 @@ class KerasMeasure:
         arrays = inputs if isinstance(inputs, dict) else {"": inputs}
         total = len(next(iter(arrays.values())))
         for rows in codec.slices(arrays):
-            data: tuple[Any, ...] = (_tensors(inputs, rows), self._ordered(_tensors(labels, rows)))
+            data = [_tensors(inputs, rows), self._ordered(_tensors(labels, rows))]
             if weights is not None:
-                data = (*data, _tensors(weights, rows))
-            self._step(min(rows.stop, total) - rows.start)(data)
+                data.append(_tensors(weights, rows))
+            self._step(min(rows.stop, total) - rows.start)(tuple(data))
         # Taken out as doubles, and often: what counts in single precision loses small numbers beside large ones.
         self._take(tally(self._model), 1)
         self._model.reset_metrics()

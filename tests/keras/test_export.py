@@ -21,7 +21,7 @@ import tensorflow as tf
 x = np.load(sys.argv[2])
 loaded = tf.saved_model.load(sys.argv[1])
 np.save(sys.argv[3], loaded.serve(x).numpy())
-assert "keras" not in sys.modules and "pyspark" not in sys.modules
+assert "pyspark" not in sys.modules and "spark_nn" not in sys.modules
 """
 
 
@@ -33,7 +33,7 @@ def native():
     return native
 
 
-def test_a_saved_model_predicts_the_same_in_a_process_without_keras(spark, native, tmp_path):
+def test_a_saved_model_predicts_the_same_in_a_process_with_tensorflow_alone(spark, native, tmp_path):
     model = KerasModel.fromKeras(native)
     path = tmp_path / "saved model"
     model.export(str(path))

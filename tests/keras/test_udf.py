@@ -113,7 +113,7 @@ def test_several_inputs_with_strings_and_images(spark):
     for row in found:
         assert row.prediction_one == pytest.approx(scored[row.id].prediction_one, rel=1e-6)
         np.testing.assert_allclose(row.prediction_two, scored[row.id].prediction_two, rtol=1e-6)
-    with pytest.raises(Exception, match=r"double>* for 'pair', which takes int32 values of 1 dim"):
+    with pytest.raises(Exception, match=r"double.* for 'pair', which takes int32 values of 1 dim"):
         rows.select(model.udf()("word", F.expr("array(0.5D, 1D)"), "image")).collect()
     with pytest.raises(Exception, match=r"values of type list.* for 'word', which takes string values of 1 dim"):
         rows.select(model.udf()("image", "pair", "image")).collect()
