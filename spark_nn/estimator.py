@@ -399,7 +399,8 @@ class NeuralModel(Model, ModelParams, _Stage):
             target.put(local)
 
     def _transform(self, dataset: DataFrame) -> DataFrame:
-        inputs, names = self._inputs(dataset.schema), self._outputColumns()
+        names = self._outputColumns()
+        inputs = self._inputs(dataset.schema)
         if not names:
             return dataset
         return score(dataset, self._scorer(dataset.sparkSession, inputs), names)
