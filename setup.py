@@ -19,6 +19,8 @@ INSTALL_REQUIRES = [
     "tensorflow>=2.20,<2.22",
     # 3.15.1 closes a dozen advisories on loading models, several of them bypasses of safe_mode.
     "keras>=3.15.1,<4",
+    # Looks at a model's weights before Keras opens them. Keras needs it too.
+    "h5py>=3.11",
     # Arrow between the JVM, Parquet and NumPy. 18 is the floor of pyspark 4.2 and newer.
     "pyarrow>=18",
     # pyspark needs pandas, and does not support pandas 3 yet.
