@@ -52,6 +52,8 @@ class _Stage(MLReadable[Any], MLWritable):
 
     # Params whose values may be functions, or hold some.
     functionParams: ClassVar[frozenset[str]] = frozenset()
+    # Distributions whose versions are noted in what is saved.
+    libraries: ClassVar[tuple[str, ...]] = ("spark_nn", "pyspark", "numpy")
 
     def write(self) -> MLWriter:
         """Writer that saves this stage."""

@@ -7,18 +7,22 @@ Layout of a saved stage::
     path/manifest.json    size and SHA-256 of every file under path/model
 
 Nothing is pickled. A function given as a param is saved as its import path; what has none is refused. Loading an
-estimator imports the functions that it names, and fitting it calls them: load estimators of authors you trust. A
-fitted model names none.
+estimator imports the functions that it names, and fitting it calls them: load estimators of authors you trust. None
+of them may be Python's own, where ``os:system`` is one. A fitted model names none.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import platform
 import shutil
+import sys
 import tempfile
 import warnings
 import weakref
+from collections.abc import Iterable
+from importlib import metadata as distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -55,6 +59,7 @@ class ModelFile:
     def __init__(self, suffix: str) -> None:
         folder = tempfile.mkdtemp(prefix="spark_nn-model-")
         self.path = Path(folder) / f"model{suffix}"
+        self.origin = str(self.path)  # what messages call it
         self.sha256 = ""
         # Runs when the last stage that shares the file is gone, and at the interpreter's exit.
         self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
@@ -63,6 +68,7 @@ class ModelFile:
     def fetch(cls, run: RunDir, name: str, sha256: str) -> ModelFile:
         """The file that a rank published in its run directory."""
         file = cls(Path(name).suffix)
+        file.origin = f"{run.url}/{name}"
         run.get(name, file.path)
         return file.sealed(sha256)
 
@@ -92,7 +98,8 @@ class StageWriter(MLWriter):
     ----------
     stage : Params
         The estimator or model. It offers ``_savedFiles()``, the files to save under ``model/`` by name,
-        ``_unsavedParams()``, the params that those files stand for, and ``_savedMetadata()``.
+        ``_unsavedParams()``, the params that those files stand for, ``_savedMetadata()``, and ``libraries``, the
+        distributions whose versions are noted.
     """
 
     def __init__(self, stage: Any) -> None:
@@ -126,6 +133,7 @@ class StageWriter(MLWriter):
             "spark_nn": {
                 "format": FORMAT_VERSION,
                 "version": spark_nn.__version__,
+                "libraries": _versions(self.stage.libraries),
                 "files": sorted(files),
                 **self.stage._savedMetadata(),
             }
@@ -151,11 +159,14 @@ class StageReader(MLReader[S], Generic[S]):
     ----------
     cls : type
         The stage's class. Its instances take what was saved through ``_loadSaved(metadata, files)``.
+    given : dict, optional
+        Values of params in place of those that were saved.
     """
 
-    def __init__(self, cls: type[S]) -> None:
+    def __init__(self, cls: type[S], given: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.cls = cls
+        self.given = given or {}
 
     def load(self, path: str) -> S:
         """Load the stage.
@@ -163,7 +174,8 @@ class StageReader(MLReader[S], Generic[S]):
         Raises
         ------
         ModelFileError
-            The directory holds another kind of stage, a newer format, or files that were changed.
+            The directory holds another kind of stage, a newer format, files that were changed, or what may not be
+            loaded.
         """
         spark = self.sparkSession
         metadata = DefaultParamsReader.loadMetadata(path, spark)
@@ -183,10 +195,13 @@ class StageReader(MLReader[S], Generic[S]):
             (metadata["paramMap"], stage._set),
         ):
             for name, value in saved.items():
+                if name in self.given:
+                    continue  # what it names must not even be imported
                 if stage.hasParam(name):
                     put(**{name: decode(value) if name in stage.functionParams else value})
                 else:
                     warnings.warn(f"{path}: this version has no param {name}; left out", stacklevel=2)
+        stage._set(**self.given)
         stage._loadSaved(own, _fetch(spark, path, own["files"]))
         return stage  # type: ignore[no-any-return]
 
@@ -206,7 +221,12 @@ def encode(param: str, value: Any) -> Any:
     if isinstance(value, dict):
         return {key: encode(param, item) for key, item in value.items()}
     if callable(value) and hasattr(value, "__qualname__"):
-        where = f"{value.__module__}:{value.__qualname__}"
+        where = import_path(value)
+        if _own(value):
+            raise ParamError(
+                f"{param} is {where}, which is Python's own and would not be loaded again: give a function of yours "
+                "that calls it, defined at the top level of a module"
+            )
         if value.__module__ != "__main__" and "<" not in value.__qualname__ and _imported(where) == value:
             return {_IMPORT: where}
         raise ParamError(
@@ -220,14 +240,55 @@ def encode(param: str, value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The value that :func:`encode` described."""
+    """The value that :func:`encode` described.
+
+    Raises
+    ------
+    ModelFileError
+        It names a function of Python's own, or one that cannot be imported.
+    """
     if isinstance(value, list):
         return [decode(item) for item in value]
     if isinstance(value, dict):
         if set(value) == {_IMPORT}:
-            return _imported(value[_IMPORT])
+            return load_import(value[_IMPORT])
         return {key: decode(item) for key, item in value.items()}
     return value
+
+
+def import_path(value: Any) -> str:
+    """Where a class or function is defined, as ``module:name``."""
+    return f"{getattr(value, '__module__', None) or 'builtins'}:{value.__qualname__}"
+
+
+def load_import(where: Any) -> Any:
+    """The class or function at an import path that was saved.
+
+    Raises
+    ------
+    ModelFileError
+        It is Python's own, where ``os:system`` is one, or is not there.
+    """
+    module, _, name = where.partition(":") if isinstance(where, str) else ("", "", "")
+    if not module or not name:
+        raise ModelFileError(f"{where!r} was saved as an import path, which is written module:name: save it again")
+    refusal = (
+        f"the stage names {where}, which belongs to Python's own library: it would be called when the stage is used, "
+        "and no stage that spark_nn saved names such a function. Do not load it, unless you know who wrote it"
+    )
+    if _standard(module):
+        raise ModelFileError(refusal)
+    try:
+        found = _imported(where)
+    except (ImportError, AttributeError) as error:
+        raise ModelFileError(
+            f"the stage names {where}, which cannot be imported here ({error}): install what defines it, in the "
+            "version that the stage was saved with"
+        ) from error
+    # A module of anyone's may have imported os.
+    if _own(found):
+        raise ModelFileError(refusal)
+    return found
 
 
 def _imported(where: str) -> Any:
@@ -238,26 +299,85 @@ def _imported(where: str) -> Any:
     return found
 
 
-def _fetch(spark: SparkSession, path: str, names: list[str]) -> dict[str, ModelFile]:
+def _own(value: Any) -> bool:
+    """Whether a class or function is Python's own, wherever it was found; some builtin ones name no module."""
+    return _standard(getattr(value, "__module__", None) or "builtins")
+
+
+def _standard(module: str) -> bool:
+    return module.partition(".")[0] in sys.stdlib_module_names
+
+
+def _versions(libraries: Iterable[str]) -> dict[str, str | None]:
+    """The versions of Python and of distributions, None where there is none of the name; imports none of them."""
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in libraries:
+        # TensorFlow's are called by what they are built for.
+        found = [each for each in (name, f"{name}-cpu", f"{name}-intel", f"{name}-macos") if _version(each)]
+        versions[name] = _version(found[0]) if found else None
+    return versions
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return distributions.version(distribution)
+    except distributions.PackageNotFoundError:
+        return None
+
+
+def _fetch(spark: SparkSession, path: str, names: Any) -> dict[str, ModelFile]:
     """The stage's files, checked against the manifest."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelFileError(f"{path}/metadata lists its files as {names!r}: it must be a list of names; save it again")
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or "\\" in name or ":" in name:
+            raise ModelFileError(
+                f"{path}/metadata lists the file {name!r}, which is a path out of the stage's folder and no name: "
+                "get the stage from its author again"
+            )
     if not names:
         return {}
     disk = _Disk(spark)
+    manifest = _manifest(disk, path)
+    files = {}
+    for name in names:
+        entry = manifest.get(name)
+        if not isinstance(entry, dict) or not {"sha256", "bytes"} <= entry.keys():
+            raise ModelFileError(
+                f"{path}/manifest.json does not list the file {name} with its size and SHA-256: the stage is "
+                "incomplete; save it again"
+            )
+        file = ModelFile(Path(name).suffix)
+        file.origin = f"{path}/model/{name}"
+        disk.get(file.origin, file.path)
+        size = file.path.stat().st_size
+        if size != entry["bytes"]:
+            raise ModelFileError(
+                f"{file.origin} was changed since it was saved, or not copied as a whole: it has {size} bytes, not "
+                f"{entry['bytes']}. Copy or save it again"
+            )
+        try:
+            files[name] = file.sealed(entry["sha256"])
+        except ModelFileError as error:
+            raise ModelFileError(f"{file.origin} was changed since it was saved: {error}") from None
+    return files
+
+
+def _manifest(disk: _Disk, path: str) -> dict[str, Any]:
+    """What the manifest says of each file."""
     with tempfile.TemporaryDirectory(prefix="spark_nn-") as folder:
         local = Path(folder) / "manifest.json"
         disk.get(f"{path}/manifest.json", local)
-        manifest = json.loads(local.read_text())["model"]
-    files = {}
-    for name in names:
-        if name not in manifest or Path(name).name != name:
-            raise ModelFileError(f"{path}/manifest.json does not list the file {name}: the stage is incomplete")
-        file = ModelFile(Path(name).suffix)
-        disk.get(f"{path}/model/{name}", file.path)
         try:
-            files[name] = file.sealed(manifest[name]["sha256"])
-        except ModelFileError as error:
-            raise ModelFileError(f"{path}/model/{name} was changed since it was saved: {error}") from None
-    return files
+            manifest = json.loads(local.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ModelFileError(
+                f"{path}/manifest.json cannot be read as JSON ({error}): the stage is incomplete; save it again"
+            ) from error
+    listed = manifest.get("model") if isinstance(manifest, dict) else None
+    if not isinstance(listed, dict):
+        raise ModelFileError(f"{path}/manifest.json lists no files: the stage is incomplete; save it again")
+    return listed
 
 
 class _Disk:
