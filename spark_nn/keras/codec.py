@@ -9,13 +9,16 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spark_nn.errors import ParamError, SparkNNError
+from spark_nn.errors import ModelFileError, ParamError, SparkNNError
+from spark_nn.keras import archive
+from spark_nn.keras.customs import Customs, Find, require
 from spark_nn.keras.describe import by_name
 
 SUFFIX = ".keras"
@@ -44,36 +47,82 @@ def plain(value: Any) -> Any:
     return value
 
 
-def restore(value: Any) -> Any:
-    """The Keras object that :func:`plain` turned into a dict."""
+def nothing(needed: Iterable[str]) -> dict[str, Any]:
+    """Find no custom objects."""
+    return {}
+
+
+def restore(value: Any, find: Find = nothing) -> Any:
+    """The Keras object that :func:`plain` turned into a dict.
+
+    Parameters
+    ----------
+    value : object
+        What :func:`plain` returned.
+    find : callable
+        Takes the names of the custom objects that are needed, and returns those that there are, or more.
+    """
     if isinstance(value, list):
-        return [restore(item) for item in value]
+        return [restore(item, find) for item in value]
     if isinstance(value, dict) and "class_name" in value:
+        named = archive.examine(value, "a setting").all
+        known = find(named)
+        require(named, known, "a setting", named)
         import keras
 
-        return keras.saving.deserialize_keras_object(value, safe_mode=True)
+        return keras.saving.deserialize_keras_object(value, custom_objects=known, safe_mode=True)
     if isinstance(value, dict):
-        return {name: restore(item) for name, item in value.items()}
+        return {name: restore(item, find) for name, item in value.items()}
     return value
 
 
-def load_model(path: str, *, compiled: bool = False) -> Any:
-    """The Keras model in a ``.keras`` file."""
+def load_model(path: str, find: Find = nothing, *, compiled: bool = False) -> Any:
+    """The Keras model in a ``.keras`` file, which is checked first.
+
+    Parameters
+    ----------
+    path : str
+        The local file.
+    find : callable
+        Takes the names of the custom objects that are needed, and returns those that there are, or more.
+    compiled : bool
+        Whether to compile it as it was saved.
+
+    Raises
+    ------
+    ModelFileError
+        It holds what may not be loaded.
+    """
+    named = archive.inspect(path)
+    needed = named.all if compiled else named.network
+    known = find(needed)
+    require(needed, known, path, needed)
     import keras
 
-    return keras.saving.load_model(path, compile=compiled, safe_mode=True)
+    return keras.saving.load_model(path, custom_objects=known, compile=compiled, safe_mode=True)
 
 
-def load_compiled(path: str) -> Any:
-    """The Keras model in a file, compiled unless its loss or a metric is a function, which the file does not hold."""
+def load_compiled(path: str, find: Find = nothing) -> Any:
+    """The Keras model in a file, compiled unless its loss or a metric is a function that nobody gave."""
+    compiled = archive.inspect(path).compiled
+    known = find(compiled)
+    if any(name not in known for name in compiled):
+        return load_model(path, find)
     try:
-        return load_model(path, compiled=True)
+        return load_model(path, find, compiled=True)
     except (TypeError, ValueError):
-        return load_model(path)
+        return load_model(path, find)
 
 
-def check_loadable(model: Any) -> None:
+def check_loadable(model: Any, customs: Customs) -> None:
     """Refuse a model that could be trained, but not be loaded where it is to score.
+
+    Parameters
+    ----------
+    model : keras.Model
+        The model.
+    customs : Customs
+        What an executor that scores will know besides Keras.
 
     Raises
     ------
@@ -82,7 +131,7 @@ def check_loadable(model: Any) -> None:
     """
     import keras
 
-    # An executor that scores has imported Keras and nothing of the user's.
+    # An executor that scores has imported Keras, and of the user's only what is sent there.
     registered = keras.saving.get_custom_objects()
     kept = dict(registered)
     with tempfile.TemporaryDirectory(prefix="spark_nn-") as folder:
@@ -90,14 +139,47 @@ def check_loadable(model: Any) -> None:
         model.save(path)
         registered.clear()
         try:
-            load_model(path)
+            load_model(path, customs.find)
         except Exception as error:
             raise ParamError(
-                f"the model could be trained, but not be loaded for scoring: {error}\nBuild it from Keras's own "
-                "layers, without Lambda layers and layers of your own"
+                f"the model could be trained, but not be loaded for scoring: {error}\nBuild it without Lambda layers, "
+                "and name layers of your own with customObjects"
             ) from error
         finally:
             registered.update(kept)
+        named = archive.inspect(path).all
+    for name, value in customs.find(named).items():
+        place = customs.place(name) if name in named else None
+        # What came by value is registered where it came from, and the file should call it so.
+        if place is not None and keras.saving.get_registered_name(value) != place and ">" in place:
+            keras.saving.register_keras_serializable(*place.split(">", 1))(value)
+
+
+def check_saved(path: str | Path, what: str, find: Find, *, compiled: bool) -> None:
+    """Driver side: refuse a model, saved for other processes, that none of them could load.
+
+    Parameters
+    ----------
+    path : str or Path
+        The local file.
+    what : str
+        What the message calls it.
+    find : callable
+        Finds custom objects by their names.
+    compiled : bool
+        Whether they are to compile it as it was saved.
+
+    Raises
+    ------
+    ParamError
+        It holds code (a Lambda layer), or classes that nobody gave.
+    """
+    try:
+        named = archive.inspect(path, what)
+    except ModelFileError as error:
+        raise ParamError(str(error)) from error
+    needed = named.all if compiled else named.network
+    require(needed, find(needed), what, needed, ParamError)
 
 
 @contextlib.contextmanager
@@ -155,7 +237,27 @@ def slices(arrays: Mapping[str, np.ndarray]) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, total, rows))
 
 
-def load_predictor(path: str, cpus: int) -> Callable[[Any], Any]:
+@dataclass(frozen=True)
+class CustomLoader:
+    """Executor side: a loader for a model of custom objects; equal where they are, so that it loads once.
+
+    Parameters
+    ----------
+    load : callable
+        An importable function that takes the local path, the task's cores, and what finds custom objects by name.
+    customs : Customs
+        The custom objects.
+    """
+
+    load: Callable[[str, int, Find], Any]
+    customs: Customs
+
+    def __call__(self, path: str, cpus: int) -> Any:
+        """Load the model."""
+        return self.load(path, cpus, self.customs.find)
+
+
+def load_predictor(path: str, cpus: int, find: Find = nothing) -> Callable[[Any], Any]:
     """Executor side of scoring: the function that predicts a block of rows.
 
     Parameters
@@ -164,6 +266,8 @@ def load_predictor(path: str, cpus: int) -> Callable[[Any], Any]:
         A local ``.keras`` file.
     cpus : int
         Cores of the task; TensorFlow gets as many threads.
+    find : callable
+        Finds custom objects by their names.
 
     Returns
     -------
@@ -174,7 +278,7 @@ def load_predictor(path: str, cpus: int) -> Callable[[Any], Any]:
     start_tensorflow(cpus)
     import tensorflow as tf
 
-    model = load_model(path)
+    model = load_model(path, find)
 
     # Without autograph, which would leave generated files in the temporary directory: Keras layers need none.
     @tf.function(reduce_retracing=True, autograph=False)  # type: ignore[untyped-decorator]

@@ -13,10 +13,12 @@ from pyspark import keyword_only
 from pyspark.ml.param import Param
 
 from spark_nn.converters import loss_weights, param, plain_dict
-from spark_nn.errors import ParamError
+from spark_nn.errors import ModelFileError, ParamError
 from spark_nn.estimator import NeuralEstimator, NeuralModel
 from spark_nn.evaluation import MeasureLoader
-from spark_nn.keras import codec, export, measure, pretrained
+from spark_nn.keras import archive, codec, export, measure, pretrained
+from spark_nn.keras.customs import Customs, registered, require
+from spark_nn.keras.stages import HasCustomObjects
 from spark_nn.keras.training import INITIAL_MODEL, MODEL, KerasTrainer, Recipe
 from spark_nn.persistence import ModelFile
 from spark_nn.scoring import Loader
@@ -26,6 +28,7 @@ from spark_nn.trainer import Schedule
 E = TypeVar("E", bound="KerasEstimator")
 _MODEL_FILE = f"model{codec.SUFFIX}"
 _INITIAL_FILE = f"initial{codec.SUFFIX}"
+_LIBRARIES = (*NeuralModel.libraries, "keras", "tensorflow")
 
 
 def _model(value: Any) -> Any:
@@ -90,7 +93,7 @@ def _callbacks(value: Any) -> Any:
     return list(value)
 
 
-class KerasEstimator(NeuralEstimator["KerasModel"]):
+class KerasEstimator(HasCustomObjects, NeuralEstimator["KerasModel"]):
     """Trains a Keras model on a gang of Spark tasks, as a stage of Spark ML.
 
     It works wherever ``LogisticRegression`` does: in a ``Pipeline``, under ``CrossValidator`` and
@@ -105,6 +108,10 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         TensorFlow on the driver.
     modelParams : dict, optional
         Keyword arguments of that function; numbers, strings, lists and dicts only.
+    customObjects : dict, optional
+        Classes and functions of your own that the model consists of, by their names, as Keras's ``custom_objects``.
+        They travel to the executors as functions do. Those registered on the driver with
+        ``keras.saving.register_keras_serializable`` need not be named. Lambda layers are refused always.
     initialModel : KerasModel, optional
         A fitted model to go on from: training begins with its weights, and with the state of its optimizer where that
         is of the same kind. `model` must then give a network of the same layers, or be left out.
@@ -214,7 +221,8 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
     """
 
     __module__ = "spark_nn"  # what is saved names the public package, so that rooms may move
-    functionParams: ClassVar[frozenset[str]] = frozenset({"model", "loss", "metrics", "callbacks"})
+    functionParams: ClassVar[frozenset[str]] = frozenset({"model", "loss", "metrics", "callbacks", "customObjects"})
+    libraries: ClassVar[tuple[str, ...]] = _LIBRARIES
     _input_kwargs: dict[str, Any]
 
     model: Param[Any] = param(
@@ -271,6 +279,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         *,
         model: Any = None,
         modelParams: dict[str, Any] | None = None,
+        customObjects: dict[str, Any] | None = None,
         initialModel: KerasModel | None = None,
         optimizer: Any = None,
         learningRate: float | None = None,
@@ -320,6 +329,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         *,
         model: Any = None,
         modelParams: dict[str, Any] | None = None,
+        customObjects: dict[str, Any] | None = None,
         initialModel: KerasModel | None = None,
         optimizer: Any = None,
         learningRate: float | None = None,
@@ -429,6 +439,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         return self._set(callbacks=value)
 
     def _check(self) -> None:
+        self._checkSettings()
         if not self.isDefined("model"):
             if self.isDefined("initialModel"):
                 if self.getModelParams():
@@ -471,6 +482,16 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
                     f"{kind}'s name and its column"
                 )
 
+    def _checkSettings(self) -> None:
+        """Refuse settings that the workers could not make again."""
+        for name in ("optimizer", "loss", "metrics"):
+            if self.isDefined(name):
+                try:
+                    named = archive.examine(self.getOrDefault(name), name).all
+                except ModelFileError as error:
+                    raise ParamError(str(error)) from error
+                require(named, self._known(named), name, named, ParamError)
+
     def _trainer(self, schedule: Schedule, run: RunDir) -> KerasTrainer:
         def given(name: str) -> Any:
             return self.getOrDefault(name) if self.isDefined(name) else None
@@ -481,9 +502,12 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
             with TemporaryDirectory(prefix="spark_nn-") as folder:
                 local = Path(folder) / MODEL
                 model.save(local)
+                # Where the loss is given anew, the one that it was compiled with is not needed.
+                codec.check_saved(local, "the model", self._known, compiled=not self.isDefined("loss"))
                 run.put(local, MODEL)
         before = given("initialModel")
         if before is not None:
+            codec.check_saved(before.fitted.file.path, "initialModel", self._known, compiled=False)
             run.put(before.fitted.file.path, INITIAL_MODEL)
         recipe = Recipe(
             function=None if instance else model,
@@ -498,6 +522,7 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
             callbacks=given("callbacks"),
             collective=self.getCollective(),  # type: ignore[arg-type]
             outputs=self.outputChoice(),
+            customs=Customs.of(self.getCustomObjects(), registered()),
         )
         return KerasTrainer(schedule, recipe)
 
@@ -509,13 +534,19 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
         if self._hasInstance():
             file = ModelFile(codec.SUFFIX)
             self.getModel().save(file.path)
+            codec.check_saved(file.path, "the model", self._known, compiled=True)
             files[_MODEL_FILE] = file.sealed()
         if self.isDefined("initialModel"):
             files[_INITIAL_FILE] = self.getInitialModel().fitted.file
         return files
 
     def _savedMetadata(self) -> dict[str, Any]:
-        return {"initialModel": self.getInitialModel()._savedMetadata()} if self.isDefined("initialModel") else {}
+        metadata: dict[str, Any] = {}
+        if self._hasInstance():
+            metadata["customObjects"] = self._recorded(archive.examine(codec.plain(self.getModel()), "the model"))
+        if self.isDefined("initialModel"):
+            metadata["initialModel"] = self.getInitialModel()._savedMetadata()
+        return metadata
 
     def _unsavedParams(self) -> set[str]:
         return {"initialModel"} | ({"model"} if self._hasInstance() else set())
@@ -526,14 +557,17 @@ class KerasEstimator(NeuralEstimator["KerasModel"]):
 
     def _loadSaved(self, metadata: dict[str, Any], files: dict[str, ModelFile]) -> None:
         if _MODEL_FILE in files:
-            self._set(model=codec.load_model(str(files[_MODEL_FILE].path), compiled=True))
+            file = files[_MODEL_FILE]
+            self._admit(file, metadata.get("customObjects"), compiled=True)
+            self._set(model=codec.load_model(str(file.path), self._known, compiled=True))
         if _INITIAL_FILE in files:
             before = KerasModel()
+            before._set(customObjects=self.getCustomObjects())
             before._loadSaved(metadata["initialModel"], {_INITIAL_FILE: files[_INITIAL_FILE]})
             self._set(initialModel=before)
 
 
-class KerasModel(NeuralModel):
+class KerasModel(HasCustomObjects, NeuralModel):
     """A Keras model that scores DataFrames; :class:`KerasEstimator` makes it, or :meth:`fromKeras`.
 
     The formats of :meth:`export` are ``"tf_saved_model"``, a folder for TensorFlow Serving and
@@ -542,6 +576,7 @@ class KerasModel(NeuralModel):
     """
 
     __module__ = "spark_nn"
+    libraries: ClassVar[tuple[str, ...]] = _LIBRARIES
 
     @classmethod
     def fromKeras(cls, model: Any, **params: Any) -> KerasModel:
@@ -576,7 +611,10 @@ class KerasModel(NeuralModel):
             known = ", ".join(param.name for param in made.params)
             raise ParamError(f"a {cls.__name__} has no param {unknown[0]!r}: it has {known}")
         made._set(**{name: value for name, value in params.items() if value is not None})
-        made._fitted = pretrained.describe(model, made.inputColumns())
+        made._fitted = pretrained.describe(
+            model, made.inputColumns(), Customs.of(made.getCustomObjects(), registered())
+        )
+        made._outputs()  # refuses params that do not suit them
         return made
 
     @property
@@ -585,16 +623,39 @@ class KerasModel(NeuralModel):
 
         It is compiled as it was trained, but where the loss or a metric is a function, which its file does not hold.
         """
-        return codec.load_compiled(str(self.fitted.file.path))
+        return codec.load_compiled(str(self.fitted.file.path), self._known)
 
     def _loader(self) -> Loader:
-        return codec.load_predictor
+        customs = self._customs(compiled=False)
+        return codec.CustomLoader(codec.load_predictor, customs) if customs != Customs() else codec.load_predictor
 
     def _measurer(self) -> MeasureLoader:
         measure.check_compiled(self.fitted.file.path)
-        return measure.load_measure
+        customs = self._customs(compiled=True)
+        return codec.CustomLoader(measure.load_measure, customs) if customs != Customs() else measure.load_measure
 
     def _exporter(self, format: str) -> Callable[[Path], None]:
         export.check_format(format)
         fitted = self.fitted
-        return functools.partial(export.write, fitted.file.path, fitted.inputs, format)
+        return functools.partial(export.write, fitted.file.path, fitted.inputs, format, self._known)
+
+    def _customs(self, *, compiled: bool) -> Customs:
+        """The custom objects that executors need; of the loss and metrics those that are known."""
+        file = self.fitted.file
+        named = archive.inspect(file.path, file.origin)
+        require(named.network, self._known(named.network), file.origin, named.network)
+        return Customs.of(self.getCustomObjects(), registered(), named.all if compiled else named.network)
+
+    def _savedMetadata(self) -> dict[str, Any]:
+        file = self.fitted.file
+        return {
+            **super()._savedMetadata(),
+            "customObjects": self._recorded(archive.inspect(file.path, file.origin)),
+        }
+
+    def _unsavedParams(self) -> set[str]:
+        return {"customObjects"}  # whoever loads the model gives them again
+
+    def _loadSaved(self, metadata: dict[str, Any], files: dict[str, ModelFile]) -> None:
+        super()._loadSaved(metadata, files)
+        self._admit(self.fitted.file, metadata.get("customObjects"))

@@ -12,6 +12,7 @@ import numpy as np
 from spark_nn.columns import Tensor, arrange
 from spark_nn.errors import ParamError
 from spark_nn.keras import codec
+from spark_nn.keras.customs import Find
 
 FORMATS = ("tf_saved_model", "onnx", "keras")
 
@@ -32,7 +33,7 @@ def check_format(format: str) -> None:
         )
 
 
-def write(file: Path, inputs: Sequence[Tensor], format: str, target: Path) -> None:
+def write(file: Path, inputs: Sequence[Tensor], format: str, find: Find, target: Path) -> None:
     """Write a model in a format.
 
     Parameters
@@ -44,6 +45,8 @@ def write(file: Path, inputs: Sequence[Tensor], format: str, target: Path) -> No
     format : {"tf_saved_model", "onnx", "keras"}
         What to write: a folder for TensorFlow Serving and ``tf.saved_model.load``; a file for ONNX runtimes; the
         native file.
+    find : callable
+        Finds custom objects by their names.
     target : Path
         A local path that does not exist.
 
@@ -60,7 +63,7 @@ def write(file: Path, inputs: Sequence[Tensor], format: str, target: Path) -> No
             f"format='onnx' takes no strings, and the model's input {others[0].key or others[0].name!r} is one: export "
             "it as 'tf_saved_model'"
         )
-    model = codec.load_model(str(file))
+    model = codec.load_model(str(file), find)
     if all(each.numeric for each in inputs):
         # A network that was never called does not know all that an export needs.
         model(arrange({each.name: np.zeros((1, *(each.shape or ())), each.numpy) for each in inputs}, "features"))

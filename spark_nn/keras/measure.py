@@ -16,6 +16,7 @@ import numpy as np
 from spark_nn.columns import Arrays
 from spark_nn.errors import ModelFileError
 from spark_nn.keras import codec
+from spark_nn.keras.customs import Find
 from spark_nn.keras.describe import by_name, other_reduction
 
 _CURE = (
@@ -40,7 +41,7 @@ def check_compiled(file: Path) -> None:
         raise ModelFileError(f"the model is not compiled, so there is no loss to evaluate: {_CURE}")
 
 
-def load_measure(path: str, cpus: int) -> KerasMeasure:
+def load_measure(path: str, cpus: int, find: Find = codec.nothing) -> KerasMeasure:
     """The measure of a ``.keras`` file.
 
     Parameters
@@ -49,6 +50,8 @@ def load_measure(path: str, cpus: int) -> KerasMeasure:
         A local file.
     cpus : int
         Cores of the task; TensorFlow gets as many threads.
+    find : callable
+        Finds custom objects by their names.
 
     Raises
     ------
@@ -57,10 +60,11 @@ def load_measure(path: str, cpus: int) -> KerasMeasure:
     """
     codec.start_tensorflow(cpus)
     try:
-        model = codec.load_model(path, compiled=True)
-    except (TypeError, ValueError) as error:
+        model = codec.load_model(path, find, compiled=True)
+    except (TypeError, ValueError, ModelFileError) as error:
         raise ModelFileError(
-            f"the model's loss or one of its metrics is a function or class that its file does not hold: {_CURE} "
+            "the model's loss or one of its metrics is a function or class that its file does not hold: give it as "
+            f"customObjects, or {_CURE} "
             f"({error})"
         ) from error
     if (found := other_reduction(model.loss)) is not None:

@@ -11,12 +11,13 @@ from spark_nn.columns import Tensor
 from spark_nn.errors import ParamError
 from spark_nn.estimator import Fitted
 from spark_nn.keras import codec
+from spark_nn.keras.customs import Customs
 from spark_nn.keras.describe import by_name, describe_model
 from spark_nn.outputs import Output
 from spark_nn.persistence import ModelFile
 
 
-def describe(model: Any, columns: dict[str, tuple[str, list[str]]]) -> Fitted:
+def describe(model: Any, columns: dict[str, tuple[str, list[str]]], customs: Customs) -> Fitted:
     """What a fit would have left.
 
     Parameters
@@ -25,6 +26,8 @@ def describe(model: Any, columns: dict[str, tuple[str, list[str]]]) -> Fitted:
         Built.
     columns : dict
         For each input, by its tensor's name, the param that names its columns, and the columns.
+    customs : Customs
+        What it consists of besides Keras's own parts.
 
     Raises
     ------
@@ -44,7 +47,7 @@ def describe(model: Any, columns: dict[str, tuple[str, list[str]]]) -> Fitted:
     put_out = model.compute_output_spec(inputs[0] if len(inputs) == 1 else {tensor.name: tensor for tensor in inputs})
     for name, output in by_name(model, put_out).items():
         _fixed(f"output {name!r}" if name else "output", output)
-    codec.check_loadable(model)
+    codec.check_loadable(model, customs)
     file = ModelFile(codec.SUFFIX)
     model.save(file.path)
     outputs = {name: Output.fromDict(output) for name, output in describe_model(model, put_out).items()}

@@ -24,6 +24,7 @@ from spark_nn.dataset.stream import Stream
 from spark_nn.errors import ParamError
 from spark_nn.gang.context import GangContext
 from spark_nn.keras import codec
+from spark_nn.keras.customs import Customs
 from spark_nn.keras.describe import describe_outputs, other_reduction
 from spark_nn.keras.feed import Feed
 from spark_nn.keras.names import check_name
@@ -60,6 +61,8 @@ class Recipe:
         How gradients are averaged.
     outputs : Choice
         What the user says of the outputs.
+    customs : Customs
+        What the model consists of besides Keras's own parts.
     """
 
     function: Callable[..., Any] | None
@@ -74,6 +77,7 @@ class Recipe:
     callbacks: Any
     collective: Literal["auto", "ring", "native"] = "auto"
     outputs: Choice = field(default_factory=Choice)
+    customs: Customs = field(default_factory=Customs)
 
 
 class KerasTrainer(Trainer):
@@ -120,7 +124,7 @@ class KerasTrainer(Trainer):
         example = Feed(data).example()
         model, put_out = self._build(gang, example, manifest.role("features"))
         with _random_numbers_kept():
-            before = _fetched(gang, INITIAL_MODEL) if self.recipe.continued else None
+            before = _fetched(gang, INITIAL_MODEL, self.recipe.customs) if self.recipe.continued else None
         if before is not None:
             _take_weights(model, before)
         self._compile(model, gang.world)
@@ -132,7 +136,7 @@ class KerasTrainer(Trainer):
         feed = Feed(data, self.schedule.classWeights, order)
         with _random_numbers_kept():
             if gang.rank == 0:
-                codec.check_loadable(model)
+                codec.check_loadable(model, self.recipe.customs)
         own, watched = chosen(self.recipe.callbacks, gang, validation is not None)
         if not watched:
             self._pace(model, data.steps, gang.world)
@@ -198,7 +202,7 @@ class KerasTrainer(Trainer):
             if not codec.is_model(model):
                 raise ParamError(f"the function given as model returned {model!r}, not a keras.Model")
         else:
-            model = _fetched(gang, MODEL if recipe.instance else INITIAL_MODEL)
+            model = _fetched(gang, MODEL if recipe.instance else INITIAL_MODEL, recipe.customs)
         try:
             return model, model(example, training=False)  # which builds what is not built yet
         except Exception as error:
@@ -217,7 +221,7 @@ class KerasTrainer(Trainer):
         recipe = self.recipe
         own = dict(model._compile_config.config) if model.compiled else {}
         params = {"optimizer": recipe.optimizer, "loss": recipe.loss, "metrics": recipe.metrics}
-        given = {name: codec.restore(value) for name, value in params.items() if value is not None}
+        given = {name: codec.restore(value, recipe.customs.find) for name, value in params.items() if value is not None}
         for name, value in given.items():
             check_name(name, value)
         if recipe.lossWeights is not None:
@@ -271,12 +275,12 @@ def _random_numbers_kept() -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-def _fetched(gang: GangContext, name: str) -> Any:
+def _fetched(gang: GangContext, name: str, customs: Customs) -> Any:
     """A model that the driver left, compiled as far as its file says how."""
     # Keras reads a model from a local path only.
     with NamedTemporaryFile(suffix=codec.SUFFIX) as local:
         gang.run.get(name, Path(local.name))
-        return codec.load_compiled(local.name)
+        return codec.load_compiled(local.name, customs.find)
 
 
 def _take_weights(model: Any, before: Any) -> None:

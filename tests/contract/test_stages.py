@@ -49,6 +49,7 @@ VALUES = {
     "verbose": 2,
     "model": mlp,
     "modelParams": {"units": 3},
+    "customObjects": {"mlp": mlp},
     "optimizer": "sgd",
     "loss": "mse",
     "metrics": ["mae"],

@@ -1,0 +1,131 @@
+"""What the estimator and the model share: the custom objects that they are given, and what they let in when loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from pyspark.ml.param import Param, Params
+from pyspark.sql import SparkSession
+
+from spark_nn.converters import param
+from spark_nn.errors import ModelFileError
+from spark_nn.keras import archive
+from spark_nn.keras.customs import MODULES_CONF, by_names, registered, require
+from spark_nn.persistence import ModelFile, StageReader, import_path, load_import
+
+C = TypeVar("C", bound="HasCustomObjects")
+
+
+def _custom_objects(value: Any) -> dict[str, Any]:
+    """Converter for what Keras's functions take as ``custom_objects``."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"customObjects takes a dict of names to classes or functions, not {value!r}")
+    for name, each in value.items():
+        if not isinstance(name, str) or not name or not callable(each) or not hasattr(each, "__qualname__"):
+            raise TypeError(
+                f"customObjects[{name!r}] takes a class or function by its name, such as {{'MyLayer': MyLayer}}, not "
+                f"{each!r}"
+            )
+    return dict(value)
+
+
+class HasCustomObjects(Params):
+    """A stage whose Keras model may consist of classes and functions of the user's own."""
+
+    customObjects: Param[dict[str, Any]] = param(
+        "customObjects",
+        "Classes and functions of your own that the model consists of, as Keras's custom_objects: a dict of names to "
+        "layers, models, activations, losses, metrics and others, such as {'MyLayer': MyLayer}. Those that were "
+        "registered on the driver with keras.saving.register_keras_serializable count without being named.",
+        _custom_objects,
+    )
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._setDefault(customObjects={})
+
+    def getCustomObjects(self) -> dict[str, Any]:
+        """Get :py:attr:`customObjects`."""
+        return self.getOrDefault(self.customObjects)
+
+    def setCustomObjects(self: C, value: dict[str, Any]) -> C:
+        """Set :py:attr:`customObjects`."""
+        return self._set(customObjects=value)
+
+    @classmethod
+    def load(cls: type[C], path: str, customObjects: dict[str, Any] | None = None) -> C:
+        """Load a stage.
+
+        Parameters
+        ----------
+        path : str
+            Where it was saved.
+        customObjects : dict, optional
+            Classes and functions of your own that its model consists of, by their names, in place of those that were
+            saved.
+
+        Raises
+        ------
+        ModelFileError
+            The stage is not as it was saved, or holds what may not be loaded: code, or classes and functions that are
+            neither Keras's, nor given here, nor registered in this process with
+            ``keras.saving.register_keras_serializable``, nor of a module that the Spark conf
+            ``spark.nn.allowedModules`` names.
+        """
+        given = {} if customObjects is None else {"customObjects": customObjects}
+        return StageReader(cls, given).load(path)  # type: ignore[type-var]
+
+    def _known(self, needed: Iterable[str] = ()) -> dict[str, Any]:
+        """Driver side: the custom objects that were given, and what else is needed and registered in this process."""
+        aliases = {**by_names(registered()), **by_names(self.getCustomObjects())}
+        return {**{name: aliases[name] for name in needed if name in aliases}, **self.getCustomObjects()}
+
+    def _recorded(self, named: archive.Named) -> dict[str, str]:
+        """The import paths of what a model needs, to be saved as text."""
+        known = self._known(named.all)
+        return {name: import_path(known[name]) for name in sorted(named.all) if name in known}
+
+    def _admit(self, file: ModelFile, recorded: Any, *, compiled: bool = False) -> None:
+        """Driver side: check a file that was saved, before Keras opens it; import what the session allows.
+
+        Parameters
+        ----------
+        file : ModelFile
+            The file.
+        recorded : dict
+            Import paths of what it needs, as they were saved.
+        compiled : bool
+            Whether it is to be compiled as it was saved, and not only to score.
+        """
+        named = archive.inspect(file.path, file.origin)
+        paths = {**named.all, **(recorded if isinstance(recorded, dict) else {})}
+        known = self._known(named.all)
+        spark = SparkSession.active()
+        allowed = [each.strip() for each in (spark.conf.get(MODULES_CONF, "") or "").split(",") if each.strip()]
+        found = {
+            name: _from_allowed(paths[name], allowed)
+            for name in named.all
+            if name not in known and _within(paths[name], allowed)
+        }
+        if found:
+            self._set(customObjects={**self.getCustomObjects(), **found})
+        require(named.all if compiled else named.network, {**known, **found}, file.origin, paths)
+
+
+def _within(path: Any, allowed: Iterable[str]) -> bool:
+    """Whether an import path is of a module that the user has named, or of one inside it."""
+    module = path.partition(":")[0] if isinstance(path, str) else ""
+    return any(module == each or module.startswith(f"{each}.") for each in allowed)
+
+
+def _from_allowed(path: str, allowed: Iterable[str]) -> Any:
+    """Import an object from a module that the user has named."""
+    found = load_import(path)
+    # What such a module has imported from elsewhere is not of it.
+    if not callable(found) or not _within(import_path(found) if hasattr(found, "__qualname__") else "", allowed):
+        raise ModelFileError(
+            f"the model names {path}, which is no class or function of the modules in {MODULES_CONF}, but comes from "
+            "elsewhere: name the module that defines it"
+        )
+    return found
