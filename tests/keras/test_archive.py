@@ -525,7 +525,7 @@ def everyday():
     x = L.Dense(2, keras.activations.selu, kernel_initializer=keras.initializers.HeNormal(seed=3), **regular)(x)
     recurrent = keras.Model(sequence, L.LeakyReLU()(x))
     rate = keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
-    recurrent.compile(keras.optimizers.Adam(rate), keras.losses.mean_squared_error, metrics=["mae", keras.metrics.AUC()])
+    recurrent.compile(keras.optimizers.Adam(rate), "mse", metrics=["mae", keras.metrics.AUC()])
 
     text = keras.Input((1,), dtype="string")
     y = L.TextVectorization(vocabulary=["a", "b"], output_sequence_length=4)(text)
