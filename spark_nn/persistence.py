@@ -202,7 +202,7 @@ class StageReader(MLReader[S], Generic[S]):
                 else:
                     warnings.warn(f"{path}: this version has no param {name}; left out", stacklevel=2)
         stage._set(**self.given)
-        stage._loadSaved(own, _fetch(spark, path, own["files"]))
+        stage._loadSaved(own, _fetch(spark, path, own.get("files")))
         return stage  # type: ignore[no-any-return]
 
 

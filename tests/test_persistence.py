@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from spark_nn.errors import ParamError
@@ -34,6 +36,9 @@ def test_values_come_back_as_they_were(value):
         (Builder(3).build, "param is the function .*Builder.build"),
         (object(), "param holds a object, which cannot be saved without pickling"),
         ([object()], "param holds a object"),
+        (os.system, "param is posix:system, which is Python's own and would not be loaded again"),
+        ({"a": eval}, "param is builtins:eval, which is Python's own"),
+        (str.join, "param is builtins:str.join, which is Python's own"),
     ],
 )
 def test_what_another_process_could_not_make_again_is_refused(value, message):

@@ -90,9 +90,10 @@ class Customs:
 
 
 def registered() -> dict[str, Any]:
-    """What was registered in this process with Keras, which is not imported to find out."""
+    """The classes and functions registered in this process with Keras, which is not imported to find out."""
     keras = sys.modules.get("keras")
-    return dict(keras.saving.get_custom_objects()) if keras is not None and hasattr(keras, "saving") else {}
+    found = keras.saving.get_custom_objects() if keras is not None and hasattr(keras, "saving") else {}
+    return {name: value for name, value in found.items() if hasattr(value, "__qualname__")}
 
 
 def require(

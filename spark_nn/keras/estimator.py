@@ -573,6 +573,9 @@ class KerasModel(HasCustomObjects, NeuralModel):
     The formats of :meth:`export` are ``"tf_saved_model"``, a folder for TensorFlow Serving and
     ``tf.saved_model.load``; ``"onnx"``, a file (with the extra ``onnx``; not for models that take strings); and
     ``"keras"``, the native file.
+
+    Its file holds no code. Where it consists of classes and functions of your own, `customObjects` names them; they are
+    not saved, but given again: ``KerasModel.load(path, customObjects={"MyLayer": MyLayer})``.
     """
 
     __module__ = "spark_nn"

@@ -532,6 +532,7 @@ def everyday():
     y = L.Embedding(9, 4)(y)
     y = L.GlobalAveragePooling1D()(L.LayerNormalization()(L.MultiHeadAttention(2, 2)(y, y)))
     words = keras.Model(text, L.Dense(1, dtype="mixed_float16")(L.Dropout(0.1, seed=3)(y)))
+    words.compile("sgd", keras.losses.mean_squared_error)
 
     numbers = L.Normalization(mean=np.zeros(3), variance=np.ones(3))
     image = [L.RandomFlip(), L.Rescaling(1 / 255), L.SpectralNormalization(L.Conv2D(2, 2)), L.GroupNormalization(1)]

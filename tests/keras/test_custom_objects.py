@@ -301,11 +301,11 @@ def test_a_module_that_is_allowed_gives_nothing_of_others(spark, tmp_path, layer
         spark.conf.unset("spark.nn.allowedModules")
 
 
-def test_pipelines_of_several_models_of_them(spark, store, tmp_path, layers):
-    """The same name stands for another class in each stage."""
+def test_pipelines_of_several_models_of_them(cluster, store):
+    """The same name stands for another class in each stage; executors are processes with no more than spark_nn."""
     import keras
 
-    df = data(spark, 64)
+    df = data(cluster, 64)
     stages = []
     for factor in (1.0, 2.0):
 
