@@ -35,7 +35,11 @@ INSTALL_REQUIRES = [
     "tqdm>=4.66",
 ]
 
+# What pyspark's own extra "connect" asks for: the client of a Spark Connect server.
+CONNECT = ["grpcio>=1.76", "grpcio-status>=1.76", "googleapis-common-protos>=1.71", "zstandard>=0.25"]
+
 EXTRAS = {
+    "connect": CONNECT,
     "torch": ["torch>=2.9"],
     # What Keras exports ONNX files with. Keras makes up for what tf2onnx 1.17 lacks for NumPy 2.
     "onnx": ["tf2onnx>=1.17", "onnx>=1.16"],
@@ -63,6 +67,8 @@ EXTRAS = {
         "mypy>=1.18",
         "pandas-stubs>=2.2",
         "types-tqdm",
+        # Every public stage is held to its contract on Spark Connect too.
+        *CONNECT,
     ],
     "docs": ["sphinx>=8", "pydata-sphinx-theme>=0.16", "myst-parser>=4"],
 }

@@ -36,6 +36,7 @@ from pyspark.ml.util import (
 )
 
 import spark_nn
+from spark_nn.disk import Disk
 from spark_nn.errors import ModelFileError, ParamError
 from spark_nn.store import RunDir, digest
 
@@ -138,18 +139,18 @@ class StageWriter(MLWriter):
                 **self.stage._savedMetadata(),
             }
         }
-        disk = _Disk(self.sparkSession) if files else None
         DefaultParamsWriter.saveMetadata(self.stage, path, self.sparkSession, extra, params)
-        if disk is not None:
+        if files:
+            disk = Disk.of(self.sparkSession, path)
             manifest = {
                 name: {"sha256": file.sha256, "bytes": file.path.stat().st_size} for name, file in files.items()
             }
             for name, file in files.items():
-                disk.put(file.path, f"{path}/model/{name}")
+                disk.put(file.path, f"model/{name}")
             with tempfile.TemporaryDirectory(prefix="spark_nn-") as folder:
                 local = Path(folder) / "manifest.json"
                 local.write_text(json.dumps({"format": FORMAT_VERSION, "model": manifest}, indent=2))
-                disk.put(local, f"{path}/manifest.json")
+                disk.put(local, "manifest.json")
 
 
 class StageReader(MLReader[S], Generic[S]):
@@ -337,7 +338,7 @@ def _fetch(spark: SparkSession, path: str, names: Any) -> dict[str, ModelFile]:
             )
     if not names:
         return {}
-    disk = _Disk(spark)
+    disk = Disk.of(spark, path)
     manifest = _manifest(disk, path)
     files = {}
     for name in names:
@@ -349,7 +350,7 @@ def _fetch(spark: SparkSession, path: str, names: Any) -> dict[str, ModelFile]:
             )
         file = ModelFile(Path(name).suffix)
         file.origin = f"{path}/model/{name}"
-        disk.get(file.origin, file.path)
+        disk.get(f"model/{name}", file.path)
         size = file.path.stat().st_size
         if size != entry["bytes"]:
             raise ModelFileError(
@@ -363,11 +364,11 @@ def _fetch(spark: SparkSession, path: str, names: Any) -> dict[str, ModelFile]:
     return files
 
 
-def _manifest(disk: _Disk, path: str) -> dict[str, Any]:
+def _manifest(disk: Disk, path: str) -> dict[str, Any]:
     """What the manifest says of each file."""
     with tempfile.TemporaryDirectory(prefix="spark_nn-") as folder:
         local = Path(folder) / "manifest.json"
-        disk.get(f"{path}/manifest.json", local)
+        disk.get("manifest.json", local)
         try:
             manifest = json.loads(local.read_text("utf-8"))
         except (ValueError, RecursionError) as error:
@@ -378,31 +379,3 @@ def _manifest(disk: _Disk, path: str) -> dict[str, Any]:
     if not isinstance(listed, dict):
         raise ModelFileError(f"{path}/manifest.json lists no files: the stage is incomplete; save it again")
     return listed
-
-
-class _Disk:
-    """Copies files between this machine and the filesystem that Spark resolves a path on.
-
-    It is Hadoop's, as for the metadata beside them, so that every URL that Spark can save to works.
-    """
-
-    def __init__(self, spark: SparkSession) -> None:
-        session = getattr(spark, "_jsparkSession", None)
-        if session is None:
-            raise ModelFileError("models cannot be saved or loaded over Spark Connect yet: do it in a classic session")
-        self._path = spark._jvm.org.apache.hadoop.fs.Path  # type: ignore[union-attr]
-        self._conf = session.sessionState().newHadoopConf()
-
-    def put(self, local: Path, url: str) -> None:
-        target = self._path(url)
-        target.getFileSystem(self._conf).copyFromLocalFile(False, True, self._local(local), target)
-
-    def get(self, url: str, local: Path) -> None:
-        source = self._path(url)
-        files = source.getFileSystem(self._conf)
-        if not files.exists(source):
-            raise ModelFileError(f"{url} does not exist: the stage is incomplete")
-        files.copyToLocalFile(False, source, self._local(local), True)
-
-    def _local(self, path: Path) -> Any:
-        return self._path(f"file://{path}")  # Hadoop takes it as it stands, blanks and all

@@ -111,7 +111,7 @@ class Gang:
 
         Notes
         -----
-        A Spark Connect client cannot see the slots; there Spark's own check is the only one.
+        A Spark Connect client sees the slots of a local master alone; elsewhere Spark's own check is the only one.
         """
         if (self.spark.conf.get("spark.dynamicAllocation.enabled", "false") or "").lower() == "true":
             raise ClusterError(
@@ -352,8 +352,9 @@ class Gang:
     def _slots(self, patience: float) -> int | None:
         """Tasks that fit on the cluster at a time, None where the driver cannot know."""
         session = getattr(self.spark, "_jsparkSession", None)
-        if session is None:
-            return None
+        if session is None:  # a Connect client sees no more than what the conf tells
+            cpus = self.spark.conf.get("spark.task.cpus", None) or "1"
+            return slots_of(self.spark.conf.get("spark.master", None) or "", int(cpus))
         context = session.sparkContext()
         profile = context.resourceProfileManager().defaultResourceProfile()
         local = str(context.master()).startswith("local[") or context.master() == "local"
@@ -382,6 +383,17 @@ def _around(result: dict[str, Any], submitted: float, *, alone: bool) -> dict[st
     around = time.time() - submitted - (result["ended"] - result["began"])
     start = min(max(0.0, result["began"] - submitted), around)
     return {"start": start, "finish": around - start}
+
+
+def slots_of(master: str, cpus: int) -> int | None:
+    """Tasks of `cpus` cores that fit on a local master at a time, None where its URL does not tell."""
+    if master == "local":
+        return 1 // cpus
+    if local := re.fullmatch(r"local\[(\d+)(,\d+)?\]", master):
+        return int(local[1]) // cpus
+    if cluster := re.fullmatch(r"local-cluster\[(\d+),(\d+),\d+\]", master):
+        return int(cluster[1]) * (int(cluster[2]) // cpus)
+    return None
 
 
 def _words(error: BaseException) -> str:
