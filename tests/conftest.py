@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import cloudpickle
@@ -26,30 +27,59 @@ def pytest_configure(config):
 
 
 class Sessions:
-    """One Spark session at a time, started anew where a test asks for another master."""
+    """One Spark session at a time, started anew where a test asks for another master or kind.
+
+    PySpark knows what kind of session there is by the environment; what starting one leaves there goes with it.
+    """
 
     def __init__(self, folder):
         self.folder = folder
-        self.master = None
+        self.current = None
         self.session = None
+        self.address = None  # of the Connect server, for clients in other processes
+        self._environment = {}
 
-    def get(self, master):
-        if self.master != master:
+    def get(self, master, kind="classic"):
+        if self.current != (master, kind):
             self.stop()
-            self.session = self._start(master)
-            self.master = master
+            os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+            os.environ["SPARK_WORKER_DIR"] = str(self.folder / "work")
+            self._environment = dict(os.environ)
+            self.session = self._classic(master) if kind == "classic" else self._connect(master)
+            self.current = (master, kind)
         return self.session
 
     def stop(self):
         if self.session is not None:
             self.session.stop()
-            self.session = self.master = None
+            self.session = self.current = self.address = None
+            for name in [name for name in os.environ if "CONNECT" in name and name not in self._environment]:
+                del os.environ[name]
 
-    def _start(self, master):
+    def _classic(self, master):
         from pyspark.sql import SparkSession
 
-        os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
-        os.environ["SPARK_WORKER_DIR"] = str(self.folder / "work")
+        return self._configured(SparkSession.builder.master(master)).getOrCreate()
+
+    def _connect(self, master):
+        """A client of a server in this process's JVM, as ``builder.remote("local[2]")`` starts it."""
+        from pyspark.core.context import SparkContext
+        from pyspark.sql import SparkSession
+        from pyspark.sql.connect.client import DefaultChannelBuilder
+
+        SparkContext._ensure_initialized()  # a JVM that knows nothing of what follows
+        # Server and client take a free port only where Spark is being tested, and else one that others may have.
+        os.environ["SPARK_TESTING"] = "1"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the client would set the server's conf again
+                session = self._configured(SparkSession.builder.remote(master)).getOrCreate()
+            self.address = f"sc://localhost:{DefaultChannelBuilder.default_port()}"
+        finally:
+            del os.environ["SPARK_TESTING"]
+        return session
+
+    def _configured(self, builder):
         conf = {
             "spark.ui.enabled": "false",
             "spark.ui.showConsoleProgress": "false",
@@ -61,10 +91,9 @@ class Sessions:
             "spark.nn.storeUrl": str(self.folder / "store"),
             "spark.log.level": "ERROR",
         }
-        builder = SparkSession.builder.master(master).appName("tests")
         for name, value in conf.items():
             builder = builder.config(name, value)
-        return builder.getOrCreate()
+        return builder.appName("tests")
 
 
 @pytest.fixture(scope="session")
@@ -77,6 +106,13 @@ def sessions(tmp_path_factory):
 @pytest.fixture
 def spark(sessions):
     return sessions.get("local[2]")
+
+
+@pytest.fixture(scope="module")
+def connect(sessions):
+    """A Spark Connect client; the module's end is its end, since what it does to the environment is not for others."""
+    yield sessions.get("local[2]", "connect")
+    sessions.stop()
 
 
 @pytest.fixture

@@ -1,207 +1,311 @@
-"""What Spark ML expects of a stage, checked for every public one, and for the toy's."""
+"""What Spark ML does with a stage, checked for every public one and the toy's, in classic sessions and on Connect."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from pyspark.ml.param import Param
+from pyspark.ml import Pipeline, PipelineModel
+from pyspark.ml.evaluation import RegressionEvaluator
+from pyspark.ml.feature import StandardScaler, VectorAssembler
+from pyspark.ml.tuning import (
+    CrossValidator,
+    CrossValidatorModel,
+    ParamGridBuilder,
+    TrainValidationSplit,
+    TrainValidationSplitModel,
+)
 from pyspark.sql import functions as F
 
-from spark_nn import KerasEstimator, KerasModel
+from spark_nn import KerasEstimator
+from spark_nn.dataset.lease import shelf
 from spark_nn.errors import ModelFileError
-from spark_nn.estimator import NeuralEstimator
+from tests.contract.stages import ESTIMATORS, FITTED, STAGES, name_of, values
 from tests.keras.models import mlp
 from tests.toy import ToyEstimator, ToyModel
 
 pytestmark = pytest.mark.timeout(180)
 
-ESTIMATORS = [KerasEstimator, ToyEstimator]
-MODELS = [KerasModel, ToyModel]
-STAGES = [*ESTIMATORS, *MODELS]
-
-# A value other than the default for every param, as a user would give it.
-VALUES = {
-    "featuresCol": "f",
-    "inputCols": ["a", "b"],
-    "inputs": {"x": "a", "z": ["b", "c"]},
-    "labelCol": "y",
-    "labels": {"out": "y"},
-    "handleInvalid": "skip",
-    "classWeights": {0: 1.0, 3: 2.5},
-    "cache": "disk",
-    "weightCol": "w",
-    "predictionCol": "p",
-    "probabilityCol": "q",
-    "rawPredictionCol": "r",
-    "validationFraction": 0.5,
-    "validationIndicatorCol": "v",
-    "epochs": 7,
-    "batchSize": 96,
-    "numWorkers": 3,
-    "shuffle": False,
-    "seed": 17,
-    "learningRate": 0.125,
-    "storeUrl": "file:///nowhere",
-    "verbose": 2,
-    "model": mlp,
-    "modelParams": {"units": 3},
-    "customObjects": {"mlp": mlp},
-    "optimizer": "sgd",
-    "loss": "mse",
-    "metrics": ["mae"],
-    "callbacks": mlp,
-    "nonFiniteLoss": "ignore",
-    "timeout": 12.5,
-    "maxRetries": 1,
-    "checkpointInterval": 9,
-    "collective": "ring",
-    "useGpu": False,
-    "stepsPerEpoch": 11,
-    "lossWeights": 0.5,
-    "outputKind": "raw",
-    "threshold": 0.75,
-    "outputCols": {"out": "p"},
-    "failRank": 1,
-    "stepSeconds": 0.5,
-    "failingWrites": 2,
-    "ballast": 3,
-}
-# The toy's own, which no user sets.
-TOYS = ("failRank", "stepSeconds", "failingWrites", "ballast")
+every_estimator = pytest.mark.parametrize("stage", ESTIMATORS, ids=name_of)
 
 
-def name_of(stage):
-    return stage.__name__
+def data(spark, rows=200):
+    df = spark.range(rows).select("id", F.rand(1).alias("a"), F.rand(2).alias("b"))
+    return df.withColumn("label", F.expr("a + b"))
 
 
-def params(instance):
-    """A stage's params, but for one that takes a fitted model, which has tests of its own."""
-    return [param for param in instance.params if param.name != "initialModel"]
+def estimator(stage, store, **kwargs):
+    settings = {"inputCols": ["a", "b"], "storeUrl": store, "verbose": 0, **kwargs}
+    if stage is KerasEstimator:
+        settings = {"model": mlp, "modelParams": {"activation": None}, "loss": "mse", **settings}
+    return stage(**settings)
 
 
-def upper(name):
-    return name[0].upper() + name[1:]
+class Fits:
+    """Models of two workers, fitted once for all tests that only look at them."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.models = {}
+
+    def get(self, stage, spark):
+        if stage not in self.models:
+            settings = {"predictionCol": "guess", "numWorkers": 2, "epochs": 2}
+            self.models[stage] = estimator(stage, str(self.folder), **settings).fit(data(spark))
+        return self.models[stage]
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=name_of)
-def test_every_param_is_documented_gettable_and_settable(stage):
-    instance = stage()  # loading a stage makes it without arguments first
-    assert instance.explainParams()
-    assert instance.uid.startswith(f"{stage.__name__}_")
-    for param in params(instance):
-        assert len(param.doc) > 10
-        assert instance.hasParam(param.name)
-        instance._set(**{param.name: VALUES[param.name]})
-        assert instance.getOrDefault(param) == VALUES[param.name]
-        if param.name in TOYS:
-            continue
-        assert getattr(instance, f"get{upper(param.name)}")() == VALUES[param.name]
-        if hasattr(instance, f"set{upper(param.name)}") or issubclass(stage, NeuralEstimator):
-            assert getattr(instance, f"set{upper(param.name)}")(VALUES[param.name]) is instance
-    assert not instance.hasParam("nonsense")
+@pytest.fixture(scope="module")
+def fits(kind, tmp_path_factory):
+    yield Fits(tmp_path_factory.mktemp("fits"))
+    shelf().clear()
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=name_of)
-def test_defaults_fit_in_json(stage):
-    defaults = {param.name: value for param, value in stage()._defaultParamMap.items()}
-    assert json.loads(json.dumps(defaults)) == defaults
+def held(stage):
+    """What a stage's params hold, a fitted model by its file."""
+    return {
+        param.name: value.fitted.file.sha256 if param.name in FITTED else value
+        for param, value in stage.extractParamMap().items()
+    }
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=name_of)
-def test_copies_are_independent_and_share_the_uid(stage):
-    original = stage()
-    extra = {original.predictionCol: "other", Param(stage(), "foreign", "of another stage"): 1}
-    copy = original.copy(extra)
-    assert copy.uid == original.uid
-    assert copy.getPredictionCol() == "other"
-    assert original.getPredictionCol() == "prediction"
+def defaults(stage):
+    return {param.name: value for param, value in stage._defaultParamMap.items()}
 
 
-@pytest.mark.parametrize("stage", ESTIMATORS, ids=name_of)
-def test_the_constructor_takes_every_param_by_keyword(stage):
-    values = {param.name: VALUES[param.name] for param in params(stage())}
-    instance = stage(**values)
-    assert {param.name: instance.getOrDefault(param) for param in params(instance)} == values
-    with pytest.raises(TypeError, match="forces keyword arguments|positional"):
-        stage(3)
+def predictions(df, column="prediction"):
+    return {row["id"]: row[column] for row in df.collect()}
 
 
-@pytest.mark.parametrize("stage", ESTIMATORS, ids=name_of)
-def test_an_estimator_loads_as_it_was_saved(spark, tmp_path, stage):
-    path = str(tmp_path / "stage")
-    values = {param.name: VALUES[param.name] for param in params(stage())}
-    saved = stage(**values)
+def other_than(stage):
+    return next(each for each in STAGES if each is not stage)
+
+
+@every_estimator
+@pytest.mark.parametrize("given", [False, True], ids=["as made", "every param"])
+def test_an_estimator_loads_as_it_was_saved(spark, tmp_path, stage, given):
+    path = str(tmp_path / "a stage")
+    saved = stage(**values(stage)) if given else stage()
     saved.save(path)
     with pytest.raises(Exception, match="already exists"):
         saved.save(path)
     saved.write().overwrite().save(path)
     loaded = stage.load(path)
-    assert loaded.uid == saved.uid
-    assert {param.name: loaded.getOrDefault(param) for param in params(loaded)} == values
-    assert {p.name: v for p, v in loaded._defaultParamMap.items()} == {
-        p.name: v for p, v in saved._defaultParamMap.items()
-    }
-    other = next(each for each in STAGES if each is not stage)
+    assert type(loaded) is stage
+    assert (loaded.uid, held(loaded), defaults(loaded)) == (saved.uid, held(saved), defaults(saved))
+    other = other_than(stage)
     with pytest.raises(ModelFileError, match=f"not a .*{other.__name__}: load it with its own class"):
         other.load(path)
 
 
-def fit(stage, spark, store, **kwargs):
-    df = spark.range(200).select("id", F.rand(1).alias("a"), F.rand(2).alias("b"))
-    df = df.withColumn("label", F.expr("a + b"))
-    settings = {"inputCols": ["a", "b"], "storeUrl": store, "verbose": 0, **kwargs}
-    if stage is KerasEstimator:
-        settings.update(model=mlp, modelParams={"activation": None}, loss="mse")
-    return stage(**settings), df
+@every_estimator
+def test_a_model_loads_as_it_was_saved_and_scores_alike(spark, fits, tmp_path, stage):
+    df = data(spark)
+    model = fits.get(stage, spark)
+    path = str(tmp_path / "a stage")
+    model.save(path)
+    with pytest.raises(Exception, match="already exists"):
+        model.save(path)
+    again = model.copy({model.predictionCol: "again"})
+    assert again.fitted is model.fitted
+    again.write().overwrite().save(path)
+    loaded = type(model).load(path)
+    assert type(loaded) is type(model)
+    assert (loaded.uid, held(loaded), defaults(loaded)) == (model.uid, held(again), defaults(model))
+    assert loaded.summary == model.summary
+    assert (loaded.fitted.file.sha256, loaded.fitted.inputs, loaded.fitted.outputs) == (
+        model.fitted.file.sha256,
+        model.fitted.inputs,
+        model.fitted.outputs,
+    )
+    assert predictions(loaded.transform(df), "again") == predictions(model.transform(df), "guess")
+    other = other_than(type(model))
+    with pytest.raises(ModelFileError, match=f"not a .*{other.__name__}: load it with its own class"):
+        other.load(path)
 
 
-@pytest.mark.parametrize("stage", ESTIMATORS, ids=name_of)
+def test_a_stage_whose_files_were_lost_or_changed_is_refused(spark, fits, tmp_path):
+    model = fits.get(ToyEstimator, spark)
+    model.save(str(tmp_path / "stage"))
+    file = tmp_path / "stage" / "model" / "model.npy"
+    saved = file.read_bytes()
+    file.write_bytes(saved[:-1] + bytes([saved[-1] ^ 1]))
+    with pytest.raises(ModelFileError, match=r"model/model\.npy was changed since it was saved"):
+        ToyModel.load(str(tmp_path / "stage"))
+    file.unlink()
+    with pytest.raises(ModelFileError, match=r"model/model\.npy does not exist: the stage is incomplete"):
+        ToyModel.load(str(tmp_path / "stage"))
+    (tmp_path / "stage" / "manifest.json").unlink()
+    with pytest.raises(ModelFileError, match=r"manifest\.json does not exist: the stage is incomplete"):
+        ToyModel.load(str(tmp_path / "stage"))
+
+
+@every_estimator
 def test_a_model_takes_uid_and_params_of_its_estimator(spark, store, stage):
-    estimator, df = fit(stage, spark, store, predictionCol="guess", labelCol="label")
-    model = estimator.fit(df, {estimator.epochs: 2})
-    assert model.uid == estimator.uid
+    df = data(spark)
+    untrained = estimator(stage, store, predictionCol="guess", labelCol="label")
+    model = untrained.fit(df, {untrained.epochs: 2})
+    assert model.uid == untrained.uid
     assert model.getPredictionCol() == "guess"
     assert model.summary.epochs == 2
-    assert estimator.getEpochs() == 1
+    assert untrained.getEpochs() == 1
     # What CrossValidator does: grid values reach the model by the estimator's params.
-    assert model.transform(df, {estimator.predictionCol: "other"}).columns[-1] == "other"
+    assert model.transform(df, {untrained.predictionCol: "other"}).columns[-1] == "other"
 
 
-@pytest.mark.parametrize("stage", ESTIMATORS, ids=name_of)
+@every_estimator
 def test_fit_with_a_list_of_maps_gives_a_model_for_each(spark, store, stage):
-    estimator, df = fit(stage, spark, store)
-    slow, fast = estimator.fit(df, [{estimator.learningRate: 1e-6}, {estimator.learningRate: 0.05}])
+    untrained = estimator(stage, store)
+    slow, fast = untrained.fit(data(spark), [{untrained.learningRate: 1e-6}, {untrained.learningRate: 0.05}])
     assert slow.summary.history["loss"][-1] > fast.summary.history["loss"][-1]
 
 
+def pipeline(store):
+    """A pipeline with the toy at its end, and a grid over its learning rate: the second value is the better one."""
+    toy = estimator(ToyEstimator, store, featuresCol="features", batchSize=25)
+    toy.clear(toy.inputCols)
+    stages = [VectorAssembler(inputCols=["a", "b"], outputCol="features"), toy]
+    return Pipeline(stages=stages), ParamGridBuilder().addGrid(toy.learningRate, [1e-6, np.float64(0.1)]).build()
+
+
+def saved_twice(stage, path):
+    stage.save(path)
+    with pytest.raises(Exception, match="already exists"):
+        stage.save(path)
+    stage.write().overwrite().save(path)
+    return type(stage).load(path)
+
+
+def alike(stage, other):
+    return [(each.uid, held(each)) for each in stage.getStages()] == [
+        (each.uid, held(each)) for each in other.getStages()
+    ]
+
+
+def test_pipelines_save_load_and_overwrite(spark, store, tmp_path):
+    df = data(spark)
+    untrained, _ = pipeline(store)
+    loaded = saved_twice(untrained, str(tmp_path / "pipeline"))
+    assert alike(loaded, untrained)
+    model = loaded.fit(df)
+    again = saved_twice(model, str(tmp_path / "model"))
+    assert isinstance(again, PipelineModel)
+    assert predictions(again.transform(df)) == predictions(model.transform(df))
+
+
+def test_cross_validation_finds_the_best_and_saves_loads_and_overwrites(spark, store, tmp_path):
+    df = data(spark)
+    untrained, grid = pipeline(store)
+    evaluator = RegressionEvaluator(metricName="rmse")
+    search = CrossValidator(
+        estimator=untrained,
+        estimatorParamMaps=grid,
+        evaluator=evaluator,
+        numFolds=2,
+        seed=1,
+        parallelism=2,
+        collectSubModels=True,
+    )
+    loaded = saved_twice(search, str(tmp_path / "search"))
+    assert alike(loaded.getEstimator(), untrained)
+    assert [list(map_.values()) for map_ in loaded.getEstimatorParamMaps()] == [[1e-6], [0.1]]
+    model = loaded.fit(df)
+    assert model.avgMetrics[1] < model.avgMetrics[0]
+    assert [len(fold) for fold in model.subModels] == [2, 2]
+    one_by_one = loaded.copy().setParallelism(1).setCollectSubModels(False).fit(df)
+    assert one_by_one.avgMetrics == model.avgMetrics
+    again = saved_twice(model, str(tmp_path / "model"))
+    assert isinstance(again, CrossValidatorModel)
+    assert again.avgMetrics == model.avgMetrics
+    assert [len(fold) for fold in again.subModels] == [2, 2]
+    assert predictions(again.transform(df)) == predictions(model.transform(df))
+    # Whatever Spark makes of the loaded list, each fold's files are there.
+    for fold, models in enumerate(model.subModels):
+        path = str(tmp_path / "model" / "subModels" / f"fold{fold}" / "1")
+        assert PipelineModel.load(path).stages[1].fitted.file.sha256 == models[1].stages[1].fitted.file.sha256
+
+
+@every_estimator
+def test_a_train_validation_split_finds_the_best_and_saves_loads_and_overwrites(spark, store, tmp_path, stage):
+    df = data(spark)
+    untrained = estimator(stage, store)
+    search = TrainValidationSplit(
+        estimator=untrained,
+        estimatorParamMaps=ParamGridBuilder().addGrid(untrained.learningRate, [1e-6, 0.05]).build(),
+        evaluator=RegressionEvaluator(metricName="rmse"),
+        seed=1,
+        collectSubModels=True,
+    )
+    model = search.fit(df)
+    assert model.validationMetrics[1] < model.validationMetrics[0]
+    again = saved_twice(model, str(tmp_path / "model"))
+    assert isinstance(again, TrainValidationSplitModel)
+    assert again.validationMetrics == model.validationMetrics
+    assert predictions(again.transform(df)) == predictions(model.transform(df))
+    for loaded, saved in zip(again.subModels, model.subModels, strict=True):
+        assert predictions(loaded.transform(df)) == predictions(saved.transform(df))
+    if stage is ToyEstimator:  # what a search holds of a function is an import path, which is the estimator's own matter
+        loaded = saved_twice(search, str(tmp_path / "search"))
+        assert held(loaded.getEstimator()) == held(untrained)
+
+
+# With nothing but pyspark.ml: Spark finds the class by what was saved.
 SCRIPT = """
 import os, sys
 os.environ["PYSPARK_PYTHON"] = sys.executable
+from pyspark.ml import PipelineModel
 from pyspark.sql import SparkSession
-from tests.contract.test_stages import MODELS
-spark = SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false").getOrCreate()
-stage = next(each for each in MODELS if each.__name__ == sys.argv[1])
-scored = stage.load(sys.argv[2]).transform(spark.read.parquet(sys.argv[3]))
-scored.coalesce(1).write.parquet(sys.argv[4])
+builder = SparkSession.builder
+if "SPARK_REMOTE" not in os.environ:
+    builder = builder.master("local[1]").config("spark.ui.enabled", "false")
+spark = builder.getOrCreate()
+model = PipelineModel.load(sys.argv[1])
+scored = model.transform(spark.read.parquet(sys.argv[2]))
+scored.select("id", "prediction").coalesce(1).write.parquet(sys.argv[3])
+print(*[type(stage).__name__ for stage in model.stages])
 """
 
 
-@pytest.mark.parametrize("stage", ESTIMATORS, ids=name_of)
-def test_a_model_scores_alike_in_a_fresh_process(spark, store, stage, tmp_path):
-    estimator, df = fit(stage, spark, store)
-    model = estimator.fit(df)
+@every_estimator
+def test_a_pipeline_scores_equal_to_the_bit_in_a_fresh_process(spark, kind, sessions, store, tmp_path, stage):
+    last = estimator(stage, store, featuresCol="scaled")
+    last.clear(last.inputCols)
+    stages = [
+        VectorAssembler(inputCols=["a", "b"], outputCol="features"),
+        StandardScaler(inputCol="features", outputCol="scaled", withMean=True),
+        last,
+    ]
     paths = [str(tmp_path / name) for name in ("model", "rows", "scored")]
+    data(spark).coalesce(1).write.parquet(paths[1])
+    df = spark.read.parquet(paths[1])
+    model = Pipeline(stages=stages).fit(df)
     model.save(paths[0])
-    df.write.parquet(paths[1])
+    environment = {name: value for name, value in os.environ.items() if name != "SPARK_LOCAL_REMOTE"}
+    if kind == "connect":  # a client of the same server
+        environment["SPARK_REMOTE"] = sessions.address
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, type(model).__name__, *paths], capture_output=True, text=True, timeout=150
+        [sys.executable, "-c", SCRIPT, *paths], capture_output=True, text=True, timeout=150, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    there = {row.id: row.prediction for row in spark.read.parquet(paths[2]).collect()}
-    here = {row.id: row.prediction for row in model.transform(df).collect()}
-    assert there.keys() == here.keys()
-    np.testing.assert_allclose([there[i] for i in here], list(here.values()), rtol=1e-6)
+    assert done.stdout.split() == [type(each).__name__ for each in model.stages]
+    there = predictions(spark.read.parquet(paths[2]))
+    assert len(there) == 200
+    assert there == predictions(model.transform(df))
+
+
+def test_what_a_classic_session_saved_loads_on_connect_and_the_other_way_round(sessions, fits, kind, tmp_path_factory):
+    """The first kind to run leaves a model for the second."""
+    spark = sessions.get("local[2]", kind)
+    folder = tmp_path_factory.getbasetemp() / "of both kinds"
+    model = fits.get(ToyEstimator, spark)
+    mine, theirs = ((folder / name) for name in (("a", "b") if kind == "classic" else ("b", "a")))
+    model.save(str(mine))
+    if theirs.exists():
+        loaded = ToyModel.load(str(theirs))
+        assert np.load(loaded.fitted.file.path).tolist() == np.load(model.fitted.file.path).tolist()
+        manifests = [json.loads((each / "manifest.json").read_text()) for each in (mine, theirs)]
+        assert manifests[0] == manifests[1]
