@@ -74,7 +74,9 @@ def values(stage):
     names = [param.name for param in stage().params if param.name not in FITTED]
     for name in names:
         if name not in VALUES:
-            pytest.fail(f"{stage.__name__}.{name} has no value in VALUES of {__name__}: add one that is not its default")
+            pytest.fail(
+                f"{stage.__name__}.{name} has no value in VALUES of {__name__}: add one that is not its default"
+            )
     return {name: VALUES[name] for name in names}
 
 

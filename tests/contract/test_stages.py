@@ -248,7 +248,9 @@ def test_a_train_validation_split_finds_the_best_and_saves_loads_and_overwrites(
     assert predictions(again.transform(df)) == predictions(model.transform(df))
     for loaded, saved in zip(again.subModels, model.subModels, strict=True):
         assert predictions(loaded.transform(df)) == predictions(saved.transform(df))
-    if stage is ToyEstimator:  # what a search holds of a function is an import path, which is the estimator's own matter
+    if (
+        stage is ToyEstimator
+    ):  # what a search holds of a function is an import path, which is the estimator's own matter
         loaded = saved_twice(search, str(tmp_path / "search"))
         assert held(loaded.getEstimator()) == held(untrained)
 
@@ -267,6 +269,7 @@ model = PipelineModel.load(sys.argv[1])
 scored = model.transform(spark.read.parquet(sys.argv[2]))
 scored.select("id", "prediction").coalesce(1).write.parquet(sys.argv[3])
 print(*[type(stage).__name__ for stage in model.stages])
+spark.stop()  # a Connect client with models of Spark's own hangs at the interpreter's end where its session is open
 """
 
 
