@@ -111,6 +111,11 @@ class StageWriter(MLWriter):
         # The inherited one reaches for the JVM, which Spark Connect does not have; 4.0 has nothing else.
         remove = getattr(util, "_remove_dfs_dir", None)
         if remove is None:
+            if getattr(self.sparkSession, "_jsparkSession", None) is None:
+                raise ModelFileError(
+                    f"{path} cannot be overwritten over Spark Connect by pyspark 4.0: remove the directory first, save "
+                    "to another one, or use pyspark 4.1 or newer"
+                )
             super()._handleOverwrite(path)
         else:
             remove(path, self.sparkSession)
