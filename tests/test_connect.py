@@ -7,6 +7,7 @@ import signal
 import threading
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from pyspark.sql import functions as F
 
 from spark_nn import disk
@@ -82,6 +83,25 @@ def test_what_cannot_be_copied_is_told_with_the_cure(connect, tmp_path, monkeypa
     with pytest.raises(ModelFileError, match="does not find .*elsewhere/metadata.*Save to storage that they share"):
         elsewhere.put(tmp_path / "file", "model/file")
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_copy_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "stage" / "metadata").mkdir(parents=True)
+    (tmp_path / "shipped").write_bytes(b"x")
+
+    def full(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr(disk.SparkFiles, "get", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(LocalFileSystem, "mv", full)
+    put = disk._Put(f"file://{tmp_path}/stage", "model/file", "shipped")
+    with pytest.raises(OSError, match="no room"):
+        put.copy()
+    assert list((tmp_path / "stage" / "model").iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(disk.SparkFiles, "get", lambda name: str(tmp_path / name))
+    assert put.copy() is None
+    assert (tmp_path / "stage" / "model" / "file").read_bytes() == b"x"
 
 
 def test_hadoops_names_of_filesystems_become_fsspecs():
