@@ -269,7 +269,7 @@ model = PipelineModel.load(sys.argv[1])
 scored = model.transform(spark.read.parquet(sys.argv[2]))
 scored.select("id", "prediction").coalesce(1).write.parquet(sys.argv[3])
 print(*[type(stage).__name__ for stage in model.stages])
-spark.stop()  # a Connect client with models of Spark's own hangs at the interpreter's end where its session is open
+spark.stop()  # a Connect client that still holds the pipeline may hang at its end otherwise
 """
 
 
