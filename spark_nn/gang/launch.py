@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
+from pyspark import inheritable_thread_target
 
 from spark_nn.errors import ClusterError, ParamError, SparkNNError, StoreError, TrainingError
 from spark_nn.gang.context import CARDS, RESULT, GangContext, attempt_folder
@@ -34,7 +36,7 @@ _PATIENCE = 3.0
 # Seconds before training is begun again: what has failed may need a moment.
 _PAUSE = 0.5
 # Seconds between two looks at which of several trainings are done.
-_LOOK = 0.25
+_LOOK = 0.1
 # How Spark tells of tasks and executors that are gone.
 _LOST = re.compile(r"stage failure|barrier|[Ee]xecutor|[Ww]orker|UNAVAILABLE|[Cc]onnection")
 _CANCELLED = re.compile(r"JOB_CANCELLED|OPERATION_CANCELED|[Jj]ob \d+ (was )?cancelled")
@@ -153,14 +155,18 @@ class Gang:
         return Home(variables, preload, idle, gpus=self.gpus is not False)
 
     def warm(self, home: Home, jobs: int = 1) -> None:
-        """Have the executors import what the ranks of so many jobs need; returns as soon as they have begun."""
+        """Have the executors import what the ranks of so many jobs need, while the driver does something else."""
         if not home.idle or not home.preload:
             return
-        try:
-            tasks = jobs if self.world == 1 else self.world
-            self.spark.range(0, tasks, 1, tasks).mapInArrow(WarmTask(home), "id long").collect()
-        except Exception as error:  # noqa: BLE001  (whatever it is, it comes again where it matters)
-            _LOG.info("the workers could not be warmed up: %s", _words(error))
+        tasks = jobs if self.world == 1 else self.world
+
+        def warm() -> None:
+            try:
+                self.spark.range(0, tasks, 1, tasks).mapInArrow(WarmTask(home), "id long").collect()
+            except Exception as error:  # noqa: BLE001  (whatever it is, it comes again where it matters)
+                _LOG.info("the workers could not be warmed up: %s", _words(error))
+
+        threading.Thread(target=inheritable_thread_target(self.spark)(warm), name="spark_nn-warm", daemon=True).start()
 
     def run(
         self, function: Callable[[GangContext], Any], run: RunDir, *, home: Home | None = None, verbose: int = 0

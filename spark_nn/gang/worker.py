@@ -257,7 +257,7 @@ class Home:
         """The environment of the process of a task."""
         resources = context.resources()
         gpus = resources["gpu"].addresses if self.gpus and "gpu" in resources else []
-        return child_environment(os.environ, context.cpus(), gpus) | self.variables
+        return child_environment(first_environment(), context.cpus(), gpus) | self.variables
 
     def server(self, environment: dict[str, str]) -> ForkServer | None:
         """The server to fork the process from, None where there can be none."""
@@ -330,14 +330,29 @@ def versions() -> dict[str, str]:
     return found
 
 
+def first_environment() -> dict[str, str]:
+    """The environment that this process was started with.
+
+    What jobs that ran in a Spark Python worker have set since then, as scoring with TensorFlow does, must not decide
+    how a rank starts, nor have it find no fork server of its kind.
+    """
+    try:
+        entries = Path("/proc/self/environ").read_bytes().split(b"\0")
+    except OSError:  # not on Linux
+        return dict(os.environ)
+    return {
+        os.fsdecode(name): os.fsdecode(value) for name, _, value in (each.partition(b"=") for each in entries) if name
+    }
+
+
 def child_environment(base: Mapping[str, str], cpus: int, gpus: Sequence[str]) -> dict[str, str]:
     """The environment of a rank's process.
 
     Parameters
     ----------
     base : mapping
-        The task's own environment: it holds credentials and library paths, but also what earlier jobs in the
-        same Spark Python worker may have left behind.
+        The task's own environment: it holds credentials and library paths, but where it is not the first one also
+        what earlier jobs in the same Spark Python worker may have left behind.
     cpus : int
         Cores of the task; every library gets as many threads.
     gpus : sequence of str
