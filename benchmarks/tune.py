@@ -1,10 +1,12 @@
 """What a grid costs: `python benchmarks/tune.py`.
 
 `CrossValidator` with 3 folds and 4 param maps, which trains 12 models, scores them, and trains the best one again, on
-100,000 rows and two cores, against 13 `fit` calls one after the other, which score nothing: in one session, each with
-one worker or with two, and each as the first of a session, which is 13 times what one such call takes. "12 scored" is
-what the evaluations alone take, one after the other, in a session that has scored before. Every round has sessions of
-its own, measured in turn; the table is their median, in seconds. Ratios travel between machines, seconds do not.
+100,000 rows and two cores. Beside it the same 13 fits without the scoring: as `fitMultiple` trains them, a call per
+fold; as 13 `fit` calls one after the other in one session, each with one worker or with two; and each the first of a
+session, which is 13 times what one such call takes. "12 scored" is what the evaluations alone take, one after the
+other, in a session that has scored before. The ratios are those of the first two lines to each other one. Every round
+has sessions of its own, measured in turn; the table is their median, in seconds. Ratios travel between machines,
+seconds do not.
 
 With ``--search`` it shows another way to choose params: Optuna proposes them, four at a time, and one `fitMultiple`
 trains the four side by side. That needs the extra ``examples``.
@@ -115,15 +117,18 @@ def tuned(rows: int, epochs: int) -> dict[str, float]:
     return {**phases(fits), "total": total, "scoring": scoring}
 
 
-def separate(rows: int, epochs: int, workers: int) -> dict[str, float]:
-    """As many fits, one after the other."""
+def trained(rows: int, epochs: int, workers: int, together: bool) -> dict[str, float]:
+    """The same fits without the scoring, the maps of a fold in one call or each in its own."""
     df = rows_of(session(), rows)
     stage = estimator(workers, epochs)
     began = time.monotonic()
     models = []
     for fold in range(FOLDS):
         train = df.where(F.col("fold") != fold).cache()
-        models += [stage.fit(train, params) for params in grid(stage)]
+        if together:
+            models += [model for _, model in stage.fitMultiple(train, grid(stage))]
+        else:
+            models += [stage.fit(train, params) for params in grid(stage)]
         train.unpersist()
     models.append(stage.fit(df, grid(stage)[0]))
     return {**phases(models), "total": time.monotonic() - began}
@@ -179,18 +184,23 @@ def main() -> None:
         rounds.append(
             {
                 "CrossValidator": apart(tuned, *sized),
-                "13 fits, 1 worker": apart(separate, *sized, 1),
-                "13 fits, 2 workers": apart(separate, *sized, 2),
+                "3 fitMultiple + fit": apart(trained, *sized, 1, True),
+                "13 fits, 1 worker": apart(trained, *sized, 1, False),
+                "13 fits, 2 workers": apart(trained, *sized, 2, False),
                 "13 first fits": apart(first, *sized),
             }
         )
     print(f"\n{arguments.rows:,} rows x {FEATURES}, {arguments.epochs} epochs, median of {arguments.rounds}, seconds")
     print("phases are sums over the 13 fits, of which several may go on at the same time; total is wall time")
-    print(f"{'':>20}" + "".join(f"{title:>12}" for title in (*PHASES, "total", "ratio")))
+    print(f"{'':>20}" + "".join(f"{title:>12}" for title in (*PHASES, "total", "CV to", "fitM. to")))
     for name in rounds[0]:
         middle = {key: statistics.median(each[name][key] for each in rounds) for key in (*PHASES, "total")}
-        ratio = statistics.median(each["CrossValidator"]["total"] / each[name]["total"] for each in rounds)
-        print(f"{name:>20}" + "".join(f"{middle[key]:12.2f}" for key in (*PHASES, "total")) + f"{ratio:12.2f}")
+        ratios = [
+            statistics.median(each[ours]["total"] / each[name]["total"] for each in rounds)
+            for ours in ("CrossValidator", "3 fitMultiple + fit")
+        ]
+        values = [*(middle[key] for key in (*PHASES, "total")), *ratios]
+        print(f"{name:>20}" + "".join(f"{value:12.2f}" for value in values))
     scoring = statistics.median(each["CrossValidator"]["scoring"] for each in rounds)
     print(f"{'12 scored':>20}" + " " * 12 * len(PHASES) + f"{scoring:12.2f}")
 

@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spark_nn.keras.estimator import KerasEstimator, KerasModel
+    from spark_nn.keras.estimator import KerasEstimator
+    from spark_nn.keras.model import KerasModel
     from spark_nn.summary import TrainingSummary
 
 __version__ = "0.1.0"
@@ -17,7 +18,7 @@ __all__ = ["KerasEstimator", "KerasModel", "TrainingSummary", "__version__"]
 
 _HOMES = {
     "KerasEstimator": "spark_nn.keras.estimator",
-    "KerasModel": "spark_nn.keras.estimator",
+    "KerasModel": "spark_nn.keras.model",
     "TrainingSummary": "spark_nn.summary",
 }
 

@@ -14,6 +14,7 @@ from spark_nn.doctor import javaProblem
 from tests import toy
 from tests.keras import models
 
+ROOT = str(Path(__file__).parent.parent)
 # Executors of a cluster do not have the tests: their code travels with the functions.
 cloudpickle.register_pickle_by_value(toy)
 cloudpickle.register_pickle_by_value(models)
@@ -44,6 +45,8 @@ class Sessions:
             self.stop()
             os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
             os.environ["SPARK_WORKER_DIR"] = str(self.folder / "work")
+            # Another package may bring a folder "tests" of its own, and a Connect server's workers do not run in this one.
+            os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
             self._environment = dict(os.environ)
             self.session = self._classic(master) if kind == "classic" else self._connect(master)
             self.current = (master, kind)

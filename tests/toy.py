@@ -13,7 +13,8 @@ from pyspark import keyword_only
 from spark_nn.checkpoint import Place
 from spark_nn.converters import integer, number, param
 from spark_nn.errors import ParamError
-from spark_nn.estimator import NeuralEstimator, NeuralModel
+from spark_nn.estimator import NeuralEstimator
+from spark_nn.model import NeuralModel
 from spark_nn.trainer import Trained, Trainer, check_digests, publish
 
 

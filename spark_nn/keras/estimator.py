@@ -1,99 +1,32 @@
-"""KerasEstimator and KerasModel: Params and hooks."""
+"""KerasEstimator: its constructor and its hooks."""
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 from pyspark import keyword_only
-from pyspark.ml.param import Param
 
-from spark_nn.converters import loss_weights, param, plain_dict
 from spark_nn.errors import ModelFileError, ParamError
-from spark_nn.estimator import NeuralEstimator, NeuralModel
-from spark_nn.evaluation import MeasureLoader
-from spark_nn.keras import archive, codec, export, measure, pretrained
+from spark_nn.estimator import NeuralEstimator
+from spark_nn.keras import archive, codec
 from spark_nn.keras.customs import Customs, registered, require
-from spark_nn.keras.stages import HasCustomObjects
+from spark_nn.keras.model import KerasModel
+from spark_nn.keras.params import KerasParams
+from spark_nn.keras.stages import LIBRARIES
 from spark_nn.keras.training import INITIAL_MODEL, MODEL, KerasTrainer, Recipe
 from spark_nn.persistence import ModelFile
-from spark_nn.scoring import Loader
 from spark_nn.store import RunDir
 from spark_nn.trainer import Schedule
 
 E = TypeVar("E", bound="KerasEstimator")
 _MODEL_FILE = f"model{codec.SUFFIX}"
 _INITIAL_FILE = f"initial{codec.SUFFIX}"
-_LIBRARIES = (*NeuralModel.libraries, "keras", "tensorflow")
 
 
-def _model(value: Any) -> Any:
-    if not codec.is_model(value) and not callable(value):
-        raise TypeError(
-            f"model takes a keras.Model or a function that returns one, not {value!r} ({type(value).__name__})"
-        )
-    return value
-
-
-def _fitted(value: Any) -> Any:
-    if not isinstance(value, KerasModel):
-        raise TypeError(f"initialModel takes a fitted KerasModel, not {value!r} ({type(value).__name__})")
-    value.fitted  # noqa: B018  (refuses an empty one)
-    return value
-
-
-def _settings(name: str, example: str, kinds: tuple[type, ...] = ()) -> Callable[[Any], Any]:
-    """Converter for what ``keras.Model.compile`` takes, turned into JSON where Keras can.
-
-    Parameters
-    ----------
-    name, example : str
-        For messages.
-    kinds : tuple of type
-        The collections it may come in, lists and dicts by the outputs' names; none where it is always one.
-    """
-
-    def check(item: Any) -> None:
-        if isinstance(item, kinds) and "class_name" not in (several := cast(Any, item)):
-            for part in several.values() if isinstance(item, dict) else several:
-                if part is not None:
-                    check(part)
-        elif isinstance(item, (type, list)) or not (isinstance(item, (str, dict)) or callable(item)):
-            raise TypeError(f"{name} takes what keras.Model.compile takes, such as {example}, not {item!r}")
-
-    def convert(value: Any) -> Any:
-        result = codec.plain(value)
-        check(result)
-        return result
-
-    return convert
-
-
-def _metrics(value: Any) -> Any:
-    if not isinstance(value, (list, tuple, dict)):
-        raise TypeError(
-            f"metrics takes a list, such as ['auc'], or a dict of lists by the outputs' names, not {value!r}"
-        )
-    return _settings("metrics", "['auc'] or [keras.metrics.AUC()]", (list, dict))(value)
-
-
-def _callbacks(value: Any) -> Any:
-    if callable(value):
-        return value
-    if not isinstance(value, (list, tuple)) or any(
-        not hasattr(item, "on_epoch_end") or isinstance(item, type) for item in value
-    ):
-        raise TypeError(
-            f"callbacks takes a list of keras.callbacks.Callback objects, or a function that returns one, not {value!r}"
-        )
-    return list(value)
-
-
-class KerasEstimator(HasCustomObjects, NeuralEstimator["KerasModel"]):
+class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
     """Trains a Keras model on a gang of Spark tasks, as a stage of Spark ML.
 
     It works wherever ``LogisticRegression`` does: in a ``Pipeline``, under ``CrossValidator`` and
@@ -222,56 +155,8 @@ class KerasEstimator(HasCustomObjects, NeuralEstimator["KerasModel"]):
 
     __module__ = "spark_nn"  # what is saved names the public package, so that rooms may move
     functionParams: ClassVar[frozenset[str]] = frozenset({"model", "loss", "metrics", "callbacks", "customObjects"})
-    libraries: ClassVar[tuple[str, ...]] = _LIBRARIES
+    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
     _input_kwargs: dict[str, Any]
-
-    model: Param[Any] = param(
-        "model",
-        "The Keras model to train: a keras.Model, or a function that returns one and is called on each "
-        "worker with modelParams.",
-        _model,
-    )
-    modelParams: Param[dict[str, Any]] = param(
-        "modelParams",
-        "Keyword arguments of the function given as model, as a dict of numbers, strings, lists and dicts.",
-        plain_dict("modelParams"),
-    )
-    optimizer: Param[Any] = param(
-        "optimizer",
-        "The optimizer, by name or as a keras.optimizers.Optimizer. Default: that of the compiled model, "
-        "else 'rmsprop'.",
-        _settings("optimizer", "'adam' or keras.optimizers.Adam(1e-3)"),
-    )
-    loss: Param[Any] = param(
-        "loss",
-        "The loss, by name, as a keras.losses.Loss or a function. Default: that of the compiled model. It "
-        "decides the output columns. For several outputs a dict of losses by their names, or a list.",
-        _settings("loss", "'mse' or keras.losses.MeanSquaredError()", (list, dict)),
-    )
-    lossWeights: Param[Any] = param(
-        "lossWeights",
-        "How much the loss of each output counts (>= 0): a number, a list in the order of the outputs, or a dict of "
-        "their names. Default: those of the compiled model, else 1.",
-        loss_weights,
-    )
-    metrics: Param[Any] = param(
-        "metrics",
-        "List of metrics, by name, as keras.metrics.Metric or as functions; for several outputs a dict of such lists "
-        "by their names. Default: those of the compiled model.",
-        _metrics,
-    )
-    initialModel: Param[Any] = param(
-        "initialModel",
-        "A fitted KerasModel to go on from: training begins with its weights, and with the state of its optimizer "
-        "where that is of the same kind. The param model must then give a network of the same layers, or be left out.",
-        _fitted,
-    )
-    callbacks: Param[Any] = param(
-        "callbacks",
-        "List of keras.callbacks.Callback, or a function that returns one. They run on every worker; "
-        "ModelCheckpoint, CSVLogger, TensorBoard and RemoteMonitor on the first alone.",
-        _callbacks,
-    )
 
     @keyword_only
     def __init__(
@@ -320,7 +205,6 @@ class KerasEstimator(HasCustomObjects, NeuralEstimator["KerasModel"]):
         verbose: int = 1,
     ) -> None:
         super().__init__()
-        self._setDefault(modelParams={})
         self.setParams(**self._input_kwargs)
 
     @keyword_only
@@ -372,71 +256,6 @@ class KerasEstimator(HasCustomObjects, NeuralEstimator["KerasModel"]):
         """Set the params that are given; None stands for not given."""
         # A param set to None would save and then fail to load.
         return self._set(**{name: value for name, value in self._input_kwargs.items() if value is not None})
-
-    def getModel(self) -> Any:
-        """Get :py:attr:`model`."""
-        return self.getOrDefault(self.model)
-
-    def setModel(self: E, value: Any) -> E:
-        """Set :py:attr:`model`."""
-        return self._set(model=value)
-
-    def getModelParams(self) -> dict[str, Any]:
-        """Get :py:attr:`modelParams`."""
-        return self.getOrDefault(self.modelParams)
-
-    def setModelParams(self: E, value: dict[str, Any]) -> E:
-        """Set :py:attr:`modelParams`."""
-        return self._set(modelParams=value)
-
-    def getInitialModel(self) -> KerasModel:
-        """Get :py:attr:`initialModel`."""
-        model: KerasModel = self.getOrDefault(self.initialModel)
-        return model
-
-    def setInitialModel(self: E, value: KerasModel) -> E:
-        """Set :py:attr:`initialModel`."""
-        return self._set(initialModel=value)
-
-    def getOptimizer(self) -> Any:
-        """Get :py:attr:`optimizer`: a name, or the dict that ``keras.optimizers.deserialize`` takes."""
-        return self.getOrDefault(self.optimizer)
-
-    def setOptimizer(self: E, value: Any) -> E:
-        """Set :py:attr:`optimizer`."""
-        return self._set(optimizer=value)
-
-    def getLoss(self) -> Any:
-        """Get :py:attr:`loss`: a name, a function, or the dict that ``keras.losses.deserialize`` takes."""
-        return self.getOrDefault(self.loss)
-
-    def setLoss(self: E, value: Any) -> E:
-        """Set :py:attr:`loss`."""
-        return self._set(loss=value)
-
-    def getLossWeights(self) -> Any:
-        """Get :py:attr:`lossWeights`."""
-        return self.getOrDefault(self.lossWeights)
-
-    def setLossWeights(self: E, value: float | list[float] | dict[str, float]) -> E:
-        """Set :py:attr:`lossWeights`."""
-        return self._set(lossWeights=value)
-
-    def getMetrics(self) -> Any:
-        """Get :py:attr:`metrics`: names, functions, or dicts that ``keras.metrics.deserialize`` takes."""
-        return self.getOrDefault(self.metrics)
-
-    def setMetrics(self: E, value: list[Any] | dict[str, Any]) -> E:
-        """Set :py:attr:`metrics`."""
-        return self._set(metrics=value)
-
-    def getCallbacks(self) -> Any:
-        """Get :py:attr:`callbacks`."""
-        return self.getOrDefault(self.callbacks)
-
-    def setCallbacks(self: E, value: Any) -> E:
-        """Set :py:attr:`callbacks`."""
-        return self._set(callbacks=value)
 
     def _check(self) -> None:
         self._checkSettings()
@@ -565,100 +384,3 @@ class KerasEstimator(HasCustomObjects, NeuralEstimator["KerasModel"]):
             before._set(customObjects=self.getCustomObjects())
             before._loadSaved(metadata["initialModel"], {_INITIAL_FILE: files[_INITIAL_FILE]})
             self._set(initialModel=before)
-
-
-class KerasModel(HasCustomObjects, NeuralModel):
-    """A Keras model that scores DataFrames; :class:`KerasEstimator` makes it, or :meth:`fromKeras`.
-
-    The formats of :meth:`export` are ``"tf_saved_model"``, a folder for TensorFlow Serving and
-    ``tf.saved_model.load``; ``"onnx"``, a file (with the extra ``onnx``; not for models that take strings); and
-    ``"keras"``, the native file.
-
-    Its file holds no code. Where it consists of classes and functions of your own, `customObjects` names them; they are
-    not saved, but given again: ``KerasModel.load(path, customObjects={"MyLayer": MyLayer})``.
-    """
-
-    __module__ = "spark_nn"
-    libraries: ClassVar[tuple[str, ...]] = _LIBRARIES
-
-    @classmethod
-    def fromKeras(cls, model: Any, **params: Any) -> KerasModel:
-        """A model that scores with a network which no estimator fitted, such as a pretrained one.
-
-        Parameters
-        ----------
-        model : keras.Model
-            Built, with inputs whose rows have a fixed shape. Where it is compiled, its loss decides the output columns
-            as after a fit, and :meth:`evaluate` measures by its loss and metrics.
-        **params
-            Params of this class: `featuresCol`, `inputCols` or `inputs`, `predictionCol` and the others. None stands
-            for not given.
-
-        Returns
-        -------
-        KerasModel
-            Without a summary.
-
-        Raises
-        ------
-        ParamError
-            The network is not built, has an input of open shape, or cannot be loaded where it is to score; or a param
-            is unknown or does not fit it.
-
-        Examples
-        --------
-        >>> KerasModel.fromKeras(native, featuresCol="image").transform(images)  # doctest: +SKIP
-        """
-        made = cls()
-        if unknown := [name for name in params if not made.hasParam(name)]:
-            known = ", ".join(param.name for param in made.params)
-            raise ParamError(f"a {cls.__name__} has no param {unknown[0]!r}: it has {known}")
-        made._set(**{name: value for name, value in params.items() if value is not None})
-        made._fitted = pretrained.describe(
-            model, made.inputColumns(), Customs.of(made.getCustomObjects(), registered())
-        )
-        made._outputs()  # refuses params that do not suit them
-        return made
-
-    @property
-    def model(self) -> Any:
-        """The native ``keras.Model``, loaded anew at each access.
-
-        It is compiled as it was trained, but where the loss or a metric is a function, which its file does not hold.
-        """
-        return codec.load_compiled(str(self.fitted.file.path), self._known)
-
-    def _loader(self) -> Loader:
-        customs = self._customs(compiled=False)
-        return codec.CustomLoader(codec.load_predictor, customs) if customs != Customs() else codec.load_predictor
-
-    def _measurer(self) -> MeasureLoader:
-        measure.check_compiled(self.fitted.file.path)
-        customs = self._customs(compiled=True)
-        return codec.CustomLoader(measure.load_measure, customs) if customs != Customs() else measure.load_measure
-
-    def _exporter(self, format: str) -> Callable[[Path], None]:
-        export.check_format(format)
-        fitted = self.fitted
-        return functools.partial(export.write, fitted.file.path, fitted.inputs, format, self._known)
-
-    def _customs(self, *, compiled: bool) -> Customs:
-        """The custom objects that executors need; of the loss and metrics those that are known."""
-        file = self.fitted.file
-        named = archive.inspect(file.path, file.origin)
-        require(named.network, self._known(named.network), file.origin, named.network)
-        return Customs.of(self.getCustomObjects(), registered(), named.all if compiled else named.network)
-
-    def _savedMetadata(self) -> dict[str, Any]:
-        file = self.fitted.file
-        return {
-            **super()._savedMetadata(),
-            "customObjects": self._recorded(archive.inspect(file.path, file.origin)),
-        }
-
-    def _unsavedParams(self) -> set[str]:
-        return {"customObjects"}  # whoever loads the model gives them again
-
-    def _loadSaved(self, metadata: dict[str, Any], files: dict[str, ModelFile]) -> None:
-        super()._loadSaved(metadata, files)
-        self._admit(self.fitted.file, metadata.get("customObjects"))

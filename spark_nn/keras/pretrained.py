@@ -9,10 +9,10 @@ from typing import Any
 
 from spark_nn.columns import Tensor
 from spark_nn.errors import ParamError
-from spark_nn.estimator import Fitted
 from spark_nn.keras import codec
 from spark_nn.keras.customs import Customs
 from spark_nn.keras.describe import by_name, describe_model
+from spark_nn.model import Fitted
 from spark_nn.outputs import Output
 from spark_nn.persistence import ModelFile
 

@@ -13,8 +13,11 @@ from spark_nn.errors import ModelFileError
 from spark_nn.keras import archive
 from spark_nn.keras.customs import MODULES_CONF, by_names, registered, require
 from spark_nn.persistence import ModelFile, StageReader, import_path, load_import
+from spark_nn.stage import Stage
 
 C = TypeVar("C", bound="HasCustomObjects")
+# Distributions whose versions are noted in what is saved.
+LIBRARIES = (*Stage.libraries, "keras", "tensorflow")
 
 
 def _custom_objects(value: Any) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def test_numpy_scalars_are_taken_and_kept_as_plain_values(stage):
         instance._set(**{name: numpied(value)})
         kept = instance.getOrDefault(name)
         assert kept == value, name
-        if not callable(value):
+        if name not in {*stage.functionParams, "customObjects"}:
             assert json.dumps(kept) == json.dumps(value), name
         if isinstance(value, (bool, int, float)):
             assert type(kept) is type(value), name

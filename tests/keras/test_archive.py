@@ -21,8 +21,8 @@ from pyspark.ml import PipelineModel
 from spark_nn import KerasEstimator, KerasModel
 from spark_nn.columns import Tensor
 from spark_nn.errors import ModelFileError
-from spark_nn.estimator import Fitted
 from spark_nn.keras import archive
+from spark_nn.model import Fitted
 from spark_nn.outputs import Output
 from spark_nn.persistence import ModelFile
 from spark_nn.summary import TrainingSummary

@@ -1,0 +1,114 @@
+"""KerasModel: a Keras model that scores."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from spark_nn.errors import ParamError
+from spark_nn.evaluation import MeasureLoader
+from spark_nn.keras import archive, codec, export, measure, pretrained
+from spark_nn.keras.customs import Customs, registered, require
+from spark_nn.keras.stages import LIBRARIES, HasCustomObjects
+from spark_nn.model import NeuralModel
+from spark_nn.persistence import ModelFile
+from spark_nn.scoring import Loader
+
+
+class KerasModel(HasCustomObjects, NeuralModel):
+    """A Keras model that scores DataFrames; :class:`KerasEstimator` makes it, or :meth:`fromKeras`.
+
+    The formats of :meth:`export` are ``"tf_saved_model"``, a folder for TensorFlow Serving and
+    ``tf.saved_model.load``; ``"onnx"``, a file (with the extra ``onnx``; not for models that take strings); and
+    ``"keras"``, the native file.
+
+    Its file holds no code. Where it consists of classes and functions of your own, `customObjects` names them; they are
+    not saved, but given again: ``KerasModel.load(path, customObjects={"MyLayer": MyLayer})``.
+    """
+
+    __module__ = "spark_nn"
+    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
+
+    @classmethod
+    def fromKeras(cls, model: Any, **params: Any) -> KerasModel:
+        """A model that scores with a network which no estimator fitted, such as a pretrained one.
+
+        Parameters
+        ----------
+        model : keras.Model
+            Built, with inputs whose rows have a fixed shape. Where it is compiled, its loss decides the output columns
+            as after a fit, and :meth:`evaluate` measures by its loss and metrics.
+        **params
+            Params of this class: `featuresCol`, `inputCols` or `inputs`, `predictionCol` and the others. None stands
+            for not given.
+
+        Returns
+        -------
+        KerasModel
+            Without a summary.
+
+        Raises
+        ------
+        ParamError
+            The network is not built, has an input of open shape, or cannot be loaded where it is to score; or a param
+            is unknown or does not fit it.
+
+        Examples
+        --------
+        >>> KerasModel.fromKeras(native, featuresCol="image").transform(images)  # doctest: +SKIP
+        """
+        made = cls()
+        if unknown := [name for name in params if not made.hasParam(name)]:
+            known = ", ".join(param.name for param in made.params)
+            raise ParamError(f"a {cls.__name__} has no param {unknown[0]!r}: it has {known}")
+        made._set(**{name: value for name, value in params.items() if value is not None})
+        made._fitted = pretrained.describe(
+            model, made.inputColumns(), Customs.of(made.getCustomObjects(), registered())
+        )
+        made._outputs()  # refuses params that do not suit them
+        return made
+
+    @property
+    def model(self) -> Any:
+        """The native ``keras.Model``, loaded anew at each access.
+
+        It is compiled as it was trained, but where the loss or a metric is a function, which its file does not hold.
+        """
+        return codec.load_compiled(str(self.fitted.file.path), self._known)
+
+    def _loader(self) -> Loader:
+        customs = self._customs(compiled=False)
+        return codec.CustomLoader(codec.load_predictor, customs) if customs != Customs() else codec.load_predictor
+
+    def _measurer(self) -> MeasureLoader:
+        measure.check_compiled(self.fitted.file.path)
+        customs = self._customs(compiled=True)
+        return codec.CustomLoader(measure.load_measure, customs) if customs != Customs() else measure.load_measure
+
+    def _exporter(self, format: str) -> Callable[[Path], None]:
+        export.check_format(format)
+        fitted = self.fitted
+        return functools.partial(export.write, fitted.file.path, fitted.inputs, format, self._known)
+
+    def _customs(self, *, compiled: bool) -> Customs:
+        """The custom objects that executors need; of the loss and metrics those that are known."""
+        file = self.fitted.file
+        named = archive.inspect(file.path, file.origin)
+        require(named.network, self._known(named.network), file.origin, named.network)
+        return Customs.of(self.getCustomObjects(), registered(), named.all if compiled else named.network)
+
+    def _savedMetadata(self) -> dict[str, Any]:
+        file = self.fitted.file
+        return {
+            **super()._savedMetadata(),
+            "customObjects": self._recorded(archive.inspect(file.path, file.origin)),
+        }
+
+    def _unsavedParams(self) -> set[str]:
+        return {"customObjects"}  # whoever loads the model gives them again
+
+    def _loadSaved(self, metadata: dict[str, Any], files: dict[str, ModelFile]) -> None:
+        super()._loadSaved(metadata, files)
+        self._admit(self.fitted.file, metadata.get("customObjects"))

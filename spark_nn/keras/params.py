@@ -1,0 +1,198 @@
+"""Params of a Keras estimator: what to train and how, as ``keras.Model.compile`` and ``fit`` take it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from pyspark.ml.param import Param
+
+from spark_nn.converters import loss_weights, param, plain_dict
+from spark_nn.keras import codec
+from spark_nn.keras.model import KerasModel
+from spark_nn.keras.stages import HasCustomObjects
+
+E = TypeVar("E", bound="KerasParams")
+
+
+def _model(value: Any) -> Any:
+    if not codec.is_model(value) and not callable(value):
+        raise TypeError(
+            f"model takes a keras.Model or a function that returns one, not {value!r} ({type(value).__name__})"
+        )
+    return value
+
+
+def _fitted(value: Any) -> Any:
+    if not isinstance(value, KerasModel):
+        raise TypeError(f"initialModel takes a fitted KerasModel, not {value!r} ({type(value).__name__})")
+    value.fitted  # noqa: B018  (refuses an empty one)
+    return value
+
+
+def _settings(name: str, example: str, kinds: tuple[type, ...] = ()) -> Callable[[Any], Any]:
+    """Converter for what ``keras.Model.compile`` takes, turned into JSON where Keras can.
+
+    Parameters
+    ----------
+    name, example : str
+        For messages.
+    kinds : tuple of type
+        The collections it may come in, lists and dicts by the outputs' names; none where it is always one.
+    """
+
+    def check(item: Any) -> None:
+        if isinstance(item, kinds) and "class_name" not in (several := cast(Any, item)):
+            for part in several.values() if isinstance(item, dict) else several:
+                if part is not None:
+                    check(part)
+        elif isinstance(item, (type, list)) or not (isinstance(item, (str, dict)) or callable(item)):
+            raise TypeError(f"{name} takes what keras.Model.compile takes, such as {example}, not {item!r}")
+
+    def convert(value: Any) -> Any:
+        result = codec.plain(value)
+        check(result)
+        return result
+
+    return convert
+
+
+def _metrics(value: Any) -> Any:
+    if not isinstance(value, (list, tuple, dict)):
+        raise TypeError(
+            f"metrics takes a list, such as ['auc'], or a dict of lists by the outputs' names, not {value!r}"
+        )
+    return _settings("metrics", "['auc'] or [keras.metrics.AUC()]", (list, dict))(value)
+
+
+def _callbacks(value: Any) -> Any:
+    if callable(value):
+        return value
+    if not isinstance(value, (list, tuple)) or any(
+        not hasattr(item, "on_epoch_end") or isinstance(item, type) for item in value
+    ):
+        raise TypeError(
+            f"callbacks takes a list of keras.callbacks.Callback objects, or a function that returns one, not {value!r}"
+        )
+    return list(value)
+
+
+class KerasParams(HasCustomObjects):
+    """What to train, and how."""
+
+    model: Param[Any] = param(
+        "model",
+        "The Keras model to train: a keras.Model, or a function that returns one and is called on each "
+        "worker with modelParams.",
+        _model,
+    )
+    modelParams: Param[dict[str, Any]] = param(
+        "modelParams",
+        "Keyword arguments of the function given as model, as a dict of numbers, strings, lists and dicts.",
+        plain_dict("modelParams"),
+    )
+    optimizer: Param[Any] = param(
+        "optimizer",
+        "The optimizer, by name or as a keras.optimizers.Optimizer. Default: that of the compiled model, "
+        "else 'rmsprop'.",
+        _settings("optimizer", "'adam' or keras.optimizers.Adam(1e-3)"),
+    )
+    loss: Param[Any] = param(
+        "loss",
+        "The loss, by name, as a keras.losses.Loss or a function. Default: that of the compiled model. It "
+        "decides the output columns. For several outputs a dict of losses by their names, or a list.",
+        _settings("loss", "'mse' or keras.losses.MeanSquaredError()", (list, dict)),
+    )
+    lossWeights: Param[Any] = param(
+        "lossWeights",
+        "How much the loss of each output counts (>= 0): a number, a list in the order of the outputs, or a dict of "
+        "their names. Default: those of the compiled model, else 1.",
+        loss_weights,
+    )
+    metrics: Param[Any] = param(
+        "metrics",
+        "List of metrics, by name, as keras.metrics.Metric or as functions; for several outputs a dict of such lists "
+        "by their names. Default: those of the compiled model.",
+        _metrics,
+    )
+    initialModel: Param[Any] = param(
+        "initialModel",
+        "A fitted KerasModel to go on from: training begins with its weights, and with the state of its optimizer "
+        "where that is of the same kind. The param model must then give a network of the same layers, or be left out.",
+        _fitted,
+    )
+    callbacks: Param[Any] = param(
+        "callbacks",
+        "List of keras.callbacks.Callback, or a function that returns one. They run on every worker; "
+        "ModelCheckpoint, CSVLogger, TensorBoard and RemoteMonitor on the first alone.",
+        _callbacks,
+    )
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._setDefault(modelParams={})
+
+    def getModel(self) -> Any:
+        """Get :py:attr:`model`."""
+        return self.getOrDefault(self.model)
+
+    def setModel(self: E, value: Any) -> E:
+        """Set :py:attr:`model`."""
+        return self._set(model=value)
+
+    def getModelParams(self) -> dict[str, Any]:
+        """Get :py:attr:`modelParams`."""
+        return self.getOrDefault(self.modelParams)
+
+    def setModelParams(self: E, value: dict[str, Any]) -> E:
+        """Set :py:attr:`modelParams`."""
+        return self._set(modelParams=value)
+
+    def getInitialModel(self) -> KerasModel:
+        """Get :py:attr:`initialModel`."""
+        model: KerasModel = self.getOrDefault(self.initialModel)
+        return model
+
+    def setInitialModel(self: E, value: KerasModel) -> E:
+        """Set :py:attr:`initialModel`."""
+        return self._set(initialModel=value)
+
+    def getOptimizer(self) -> Any:
+        """Get :py:attr:`optimizer`: a name, or the dict that ``keras.optimizers.deserialize`` takes."""
+        return self.getOrDefault(self.optimizer)
+
+    def setOptimizer(self: E, value: Any) -> E:
+        """Set :py:attr:`optimizer`."""
+        return self._set(optimizer=value)
+
+    def getLoss(self) -> Any:
+        """Get :py:attr:`loss`: a name, a function, or the dict that ``keras.losses.deserialize`` takes."""
+        return self.getOrDefault(self.loss)
+
+    def setLoss(self: E, value: Any) -> E:
+        """Set :py:attr:`loss`."""
+        return self._set(loss=value)
+
+    def getLossWeights(self) -> Any:
+        """Get :py:attr:`lossWeights`."""
+        return self.getOrDefault(self.lossWeights)
+
+    def setLossWeights(self: E, value: float | list[float] | dict[str, float]) -> E:
+        """Set :py:attr:`lossWeights`."""
+        return self._set(lossWeights=value)
+
+    def getMetrics(self) -> Any:
+        """Get :py:attr:`metrics`: names, functions, or dicts that ``keras.metrics.deserialize`` takes."""
+        return self.getOrDefault(self.metrics)
+
+    def setMetrics(self: E, value: list[Any] | dict[str, Any]) -> E:
+        """Set :py:attr:`metrics`."""
+        return self._set(metrics=value)
+
+    def getCallbacks(self) -> Any:
+        """Get :py:attr:`callbacks`."""
+        return self.getOrDefault(self.callbacks)
+
+    def setCallbacks(self: E, value: Any) -> E:
+        """Set :py:attr:`callbacks`."""
+        return self._set(callbacks=value)

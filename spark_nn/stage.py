@@ -1,0 +1,42 @@
+"""What an estimator and a model have in common as stages: they are saved and loaded alike."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pyspark.ml.util import MLReadable, MLReader, MLWritable, MLWriter
+
+from spark_nn.persistence import ModelFile, StageReader, StageWriter
+
+
+class Stage(MLReadable[Any], MLWritable):
+    """Saving and loading, alike for estimators and models."""
+
+    # Params whose values may be functions, or hold some.
+    functionParams: ClassVar[frozenset[str]] = frozenset()
+    # Distributions whose versions are noted in what is saved.
+    libraries: ClassVar[tuple[str, ...]] = ("spark_nn", "pyspark", "numpy")
+
+    def write(self) -> MLWriter:
+        """Writer that saves this stage."""
+        return StageWriter(self)
+
+    @classmethod
+    def read(cls) -> MLReader[Any]:
+        """Reader that loads a stage of this class."""
+        return StageReader(cls)
+
+    def _savedFiles(self) -> dict[str, ModelFile]:
+        """Files to save under ``model/``, by name."""
+        return {}
+
+    def _unsavedParams(self) -> set[str]:
+        """Params that the files stand for."""
+        return set()
+
+    def _savedMetadata(self) -> dict[str, Any]:
+        """What else to save, as JSON can hold it."""
+        return {}
+
+    def _loadSaved(self, metadata: dict[str, Any], files: dict[str, ModelFile]) -> None:
+        """Take what was saved beside the params."""
