@@ -79,14 +79,29 @@ class _Hadoop(Disk):
 
     def put(self, local: Path, name: str) -> None:
         target = self._path(f"{self._root}/{name}")
-        target.getFileSystem(self._conf).copyFromLocalFile(False, True, self._local(local), target)
+        with self._told("write", name):
+            target.getFileSystem(self._conf).copyFromLocalFile(False, True, self._local(local), target)
 
     def get(self, name: str, local: Path) -> None:
         source = self._path(f"{self._root}/{name}")
-        files = source.getFileSystem(self._conf)
-        if not files.exists(source):
-            raise _missing(self._root, name)
-        files.copyToLocalFile(False, source, self._local(local), True)
+        with self._told("read", name):
+            files = source.getFileSystem(self._conf)
+            if not files.exists(source):
+                raise _missing(self._root, name)
+            files.copyToLocalFile(False, source, self._local(local), True)
+
+    @contextlib.contextmanager
+    def _told(self, verb: str, name: str) -> Iterator[None]:
+        from py4j.protocol import Py4JError
+
+        try:
+            yield
+        except Py4JError as error:
+            # Of the JVM's words the first line says what it is.
+            words = str(getattr(error, "java_exception", error)).partition("\n")[0]
+            raise ModelFileError(
+                f"cannot {verb} {self._root}/{name}: {words}; look at the path, and at who may {verb} there"
+            ) from error
 
     def _local(self, path: Path) -> Any:
         return self._path(f"file://{path}")  # Hadoop takes it as it stands, blanks and all

@@ -47,14 +47,21 @@ class Target:
         StoreError
             It could not be written.
         """
-        draft = f"{self._root}.{uuid.uuid4().hex}.draft"
+        draft, old = (f"{self._root}.{uuid.uuid4().hex}.{kind}" for kind in ("draft", "old"))
         try:
             self._fs.makedirs(self._root.rpartition("/")[0] or "/", exist_ok=True)
             # With an end of its own the copy's name is what it is told, whatever is there.
             self._fs.put(f"{local}/" if local.is_dir() else str(local), draft, recursive=local.is_dir())
             if self._exists():
-                self._fs.rm(self._root, recursive=True)
-            self._fs.mv(draft, self._root, recursive=local.is_dir())
+                self._fs.mv(self._root, old, recursive=True)
+            try:
+                self._fs.mv(draft, self._root, recursive=local.is_dir())
+            except Exception:
+                if self._fs.exists(old):
+                    self._fs.mv(old, self._root, recursive=True)
+                raise
+            if self._fs.exists(old):
+                self._fs.rm(old, recursive=True)
         except Exception as error:
             with contextlib.suppress(Exception):  # it may not even be there, and the error to tell is the first one
                 self._fs.rm(draft, recursive=True)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from spark_nn.dataset.lease import Source
+from spark_nn.dataset.lease import Dataset, Source
 from spark_nn.dataset.manifest import Manifest
 from spark_nn.dataset.materialize import Spec, check_count
 from spark_nn.errors import SparkNNError
@@ -83,6 +83,7 @@ class Fits(Generic[M]):
         self._left = len(fits)
         self._models = _train(dataset, fits)
         self._lock = threading.Lock()
+        self._broken: BaseException | None = None
 
     def __iter__(self) -> Fits[M]:
         return self
@@ -91,11 +92,17 @@ class Fits(Generic[M]):
         with self._lock:
             if not self._left:
                 raise StopIteration
-            place, result = next(self._models)
-            self._left -= 1
-            if not self._left:
-                for _ in self._models:  # nobody will ask again, and what was begun must end
-                    pass
+            if self._broken is not None:
+                raise self._broken
+            try:
+                place, result = next(self._models)
+                self._left -= 1
+                if not self._left:
+                    for _ in self._models:  # nobody will ask again, and what was begun must end
+                        pass
+            except BaseException as error:
+                self._broken = error  # which those whose turn comes now are told, too
+                raise
         if isinstance(result, SparkNNError):
             raise result
         return place, result
@@ -116,24 +123,38 @@ def _train_together(
 ) -> Iterator[tuple[int, M | SparkNNError]]:
     with RunDir.open(store) as run:
         runs = {place: run.below(f"fit-{place}") if len(fits) > 1 else run for place in fits}
-        trainers = {}
+        trainers: dict[int, Trainer] = {}
         for place, fit in fits.items():
-            run.mkdir(runs[place].url.removeprefix(run.url).strip("/"))
-            trainers[place] = fit.trainer(runs[place])
+            try:
+                run.mkdir(runs[place].url.removeprefix(run.url).strip("/"))
+                trainers[place] = fit.trainer(runs[place])
+            except SparkNNError as error:
+                yield place, error
+        if not trainers:
+            return
         first = next(iter(trainers.values()))
         home = gang.home(first.environment, first.preload)
-        gang.warm(home, len(fits))  # the executors import the framework while the rows are written
-        data, seconds = {}, {}
-        for place, fit in fits.items():
+        gang.warm(home, len(trainers))  # the executors import the framework while the rows are written
+        data: dict[int, Dataset] = {}
+        seconds: dict[int, float] = {}
+        for place in trainers:
             began = time.monotonic()
-            data[place] = source.lease(fit.spec, store)
-            check_count(data[place].manifest, fit.spec, gang.world)
-            seconds[place] = time.monotonic() - began
-        places = list(fits)
+            try:
+                leased = source.lease(fits[place].spec, store)
+                check_count(leased.manifest, fits[place].spec, gang.world)
+            except SparkNNError as error:
+                yield place, error
+                continue
+            data[place], seconds[place] = leased, time.monotonic() - began
+        places = list(data)
         jobs = [Job(runs[place], functools.partial(trainers[place], data=data[place].run)) for place in places]
         for index, outcome in gang.runAll(jobs, run, home=home, verbose=verbose):
             place = places[index]
             if isinstance(outcome, SparkNNError):
                 yield place, outcome
-            else:
-                yield place, fits[place].model(outcome, runs[place], data[place].manifest, seconds[place])
+                continue
+            try:
+                result: M | SparkNNError = fits[place].model(outcome, runs[place], data[place].manifest, seconds[place])
+            except SparkNNError as error:
+                result = error
+            yield place, result

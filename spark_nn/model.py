@@ -271,10 +271,9 @@ class NeuralModel(Model, ModelParams, Stage):
         names = {}
         for field, (param, output) in columns_of(self._outputs()).items():
             column = self.getOrDefault(self.getParam(param))
-            if not column or chosen.get(output) == "":
-                continue
             own = chosen.get(output) if param == "predictionCol" else None
-            names[field] = own or (f"{column}_{output}" if output else column)
+            if chosen.get(output) != "" and (own or column):
+                names[field] = own or (f"{column}_{output}" if output else column)
         return names
 
     def _inputs(self, schema: StructType) -> tuple[Tensor, ...]:

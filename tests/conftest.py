@@ -45,7 +45,7 @@ class Sessions:
             self.stop()
             os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
             os.environ["SPARK_WORKER_DIR"] = str(self.folder / "work")
-            # Another package may bring a folder "tests" of its own, and a Connect server's workers do not run in this one.
+            # A Connect server's workers do not run in this folder, and another package may bring "tests" of its own.
             os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
             self._environment = dict(os.environ)
             self.session = self._classic(master) if kind == "classic" else self._connect(master)

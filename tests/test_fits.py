@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from pyspark.sql import functions as F
 
-from spark_nn.errors import ColumnError, ParamError, TrainingError
+from spark_nn.errors import ClusterError, ColumnError, DatasetError, ParamError, TrainingError
 from spark_nn.gang import launch
 from tests.toy import ToyEstimator
 
@@ -94,6 +94,34 @@ def test_the_turn_of_a_map_that_fails_raises_and_the_others_go_on(spark, store):
     assert found == {0: 2, 2: 3}
     assert "the toy broke on purpose" in str(errors[0])
     assert len(errors) == 1
+
+
+def test_what_only_the_rows_can_show_ends_the_fit_of_its_map_alone(spark, store):
+    stage = estimator(store)
+    fits = stage.fitMultiple(data(spark).limit(3), [{stage.validationFraction: 0.9, stage.seed: 3}, {}])
+    outcomes = []
+    for _ in range(2):
+        try:
+            outcomes.append(next(fits)[0])
+        except DatasetError as error:
+            outcomes.append(str(error))
+    told, place = sorted(outcomes, key=str, reverse=True)
+    assert place == 1
+    assert "rows" in told
+    with pytest.raises(StopIteration):
+        next(fits)
+
+
+def test_what_ends_all_fits_is_told_to_all_that_wait_for_one(spark, store, monkeypatch):
+    def broken(self, *args, **kwargs):
+        raise ClusterError("no room")
+
+    monkeypatch.setattr(launch.Gang, "runAll", broken)
+    stage = estimator(store)
+    fits = stage.fitMultiple(data(spark), [{}, {stage.epochs: 2}])
+    for _ in range(3):
+        with pytest.raises(ClusterError, match="no room"):
+            next(fits)
 
 
 def test_an_iterator_that_is_dropped_leaves_nothing(spark, store):

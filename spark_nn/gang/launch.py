@@ -237,22 +237,25 @@ class Gang:
         while waiting:
             lost = {"lost": time.monotonic() - first} if attempt else {}
             failures = yield from self._attempt(works, run, attempt, home or Home(), displays, waiting, lost)
+            transient: SparkNNError | None = None
             for place, error in failures.items():
                 restarts = waiting[place]
                 if isinstance(error, TrainingError):
                     error.restarts = restarts
-                if not getattr(error, "transient", False) or len(restarts) >= self.retries:
-                    if restarts:
-                        error.add_note(f"It had been begun again {len(restarts)} times, after: " + "; ".join(restarts))
-                    del waiting[place]
-                    yield place, error
+                if getattr(error, "transient", False) and len(restarts) < self.retries:
+                    transient = error
+                    restarts.append(str(error).partition("\n")[0])
+                    _LOG.warning(
+                        "%s. Trying again, from the last checkpoint if there is one (%d of %d)",
+                        *(restarts[-1], len(restarts), self.retries),
+                    )
                     continue
-                restarts.append(str(error).partition("\n")[0])
-                _LOG.warning(
-                    "%s. Trying again, from the last checkpoint if there is one (%d of %d)",
-                    *(restarts[-1], len(restarts), self.retries),
-                )
-                self._recover(error)
+                if restarts:
+                    error.add_note(f"It had been begun again {len(restarts)} times, after: " + "; ".join(restarts))
+                del waiting[place]
+                yield place, error
+            if transient is not None:
+                self._recover(transient)
             attempt += 1
 
     def _attempt(
@@ -297,26 +300,46 @@ class Gang:
         if error is not None and _CANCELLED.search(str(error)):
             raise TrainingError(f"the training's Spark job was cancelled: {_words(error)}") from None
         failures: dict[int, SparkNNError] = {}
+        unknown: list[int] = []
         for place in [each for each in places if each in waiting]:
-            result = _look(folders[place]) if error is not None else folders[place].readJson(RESULT)
+            result = _look(folders[place])
             if result is not None:
                 yield place, outcome(place, result)
-            elif lone:
-                told = places.index(place) in job.yielded
-                failures[place] = self._cause(folders[place], error, told=told)
-            elif not failures:  # those after it in line have not failed
-                failures[place] = self._cause(left, error, told=error is None)
+            elif lone and (own := _left_in(folders[place])) is not None:
+                failures[place] = _training_error(own)
+            else:
+                unknown.append(place)
+        if not lone:  # the first of them has failed, and those after it in line have not
+            return {unknown[0]: self._cause(left, error, told=error is None)} if unknown else {}
+        if error is not None and failures:
+            return failures  # the others were ended with the job, and it is not their fault
+        for place in unknown:
+            told = places.index(place) in job.yielded
+            failures[place] = self._cause(folders[place], error, told=told, alone=len(places) == 1)
         return failures
 
-    def _cause(self, left: RunDir, error: BaseException | None, *, told: bool) -> SparkNNError:
-        """Why there is no result: what the ranks say of it, else what Spark says."""
+    def _cause(self, left: RunDir, error: BaseException | None, *, told: bool, alone: bool = True) -> SparkNNError:
+        """Why there is no result: what the ranks say of it, else what Spark says.
+
+        Parameters
+        ----------
+        left : RunDir
+            Where the ranks leave their failures.
+        error : BaseException or None
+            How the Spark job ended.
+        told : bool
+            Whether rank 0 came to its end.
+        alone : bool
+            Whether the job did nothing else.
+        """
         words = "" if error is None else str(error)
         try:
-            failure = first_failure(left, self.world, _PATIENCE if error is not None else 0.0)
+            failure = first_failure(left, self.world, _PATIENCE if error is not None and alone else 0.0)
             failure = failure and self._named(failure, left)
         except StoreError:  # it may be what failed
             failure = None
-        failure = failure or Failure.fromText(words)
+        if failure is None and alone:
+            failure = Failure.fromText(words)
         if failure is not None:
             return _training_error(failure)
         if error is not None:
@@ -379,6 +402,14 @@ def _look(folder: RunDir) -> dict[str, Any] | None:
     except StoreError:
         return None
     return result
+
+
+def _left_in(folder: RunDir) -> Failure | None:
+    """The failure that a gang of one rank has left, if it has and the store tells."""
+    try:
+        return Failure.load(folder, 0)
+    except StoreError:
+        return None
 
 
 def _around(result: dict[str, Any], submitted: float, *, alone: bool) -> dict[str, float]:

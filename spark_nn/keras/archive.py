@@ -27,6 +27,7 @@ from typing import Any, BinaryIO
 from spark_nn.errors import ModelFileError
 
 _CONFIG = "config.json"
+_MAGIC = b"PK\x03\x04"
 _WEIGHTS = "model.weights.h5"
 _MEMBERS = frozenset({"metadata.json", _CONFIG, _WEIGHTS})
 _ASSETS = "assets"
@@ -133,7 +134,17 @@ def inspect(path: str | Path, origin: str | None = None) -> Named:
         It is not what ``keras.Model.save`` writes, or holds what may not be loaded.
     """
     name = origin or str(path)
+    if Path(path).suffix != ".keras":
+        raise ModelFileError(
+            f"{name} ends in {Path(path).suffix!r}, by which Keras would read it as another format, unchecked: only "
+            ".keras files are loaded. Save the model as one"
+        )
     with Path(path).open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise ModelFileError(
+                f"{name} is not a zip file, or has something before it: a .keras file is one from its first byte. Copy "
+                "or save it again"
+            )
         try:
             with zipfile.ZipFile(file) as archive:
                 _check_members(archive, Path(path).stat().st_size, name)
@@ -276,12 +287,19 @@ def _custom(described: dict[str, Any], place: str) -> dict[str, str]:
         return {}
     if name == "function":
         return _custom_function(described, place)
+    registered = described.get("registered_name")
     if module is None or not (module == "keras" or module.startswith("keras.")):
-        registered = described.get("registered_name") or name
-        if not isinstance(registered, str):
-            raise ModelFileError(f"{place} an object whose registered_name is {registered!r}: it must be text")
+        registered = name if registered is None else registered
+        if not isinstance(registered, str) or not registered:
+            raise ModelFileError(f"{place} an object whose registered_name is {registered!r}: it must be a name")
         # Keras leaves out the module of what was defined in a script.
         return {registered: f"{'__main__' if module is None else module}:{name}"}
+    if registered not in (None, name):
+        # Keras looks for that first.
+        raise ModelFileError(
+            f"{place} {module}.{name} under the registered name {registered!r}: module not allowed, for Keras would "
+            "load what is registered by that name in its place. Save the model again without it"
+        )
     if module == "keras.layers" and name in _UNSAFE:
         raise ModelFileError(
             f"{place} a {name}, which {_UNSAFE[name]}: it is never loaded. Build the model from other layers of "

@@ -62,6 +62,8 @@ def restore(value: Any, find: Find = nothing) -> Any:
     find : callable
         Takes the names of the custom objects that are needed, and returns those that there are, or more.
     """
+    if isinstance(value, str):
+        return find([value]).get(value, value)
     if isinstance(value, list):
         return [restore(item, find) for item in value]
     if isinstance(value, dict) and "class_name" in value:

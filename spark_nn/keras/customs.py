@@ -65,7 +65,8 @@ class Customs:
             if alone is not None:
                 spare[name] = alone
             if theirs or alone is not None:
-                places.update(dict.fromkeys(called | theirs, name))
+                # Two that are registered may have one bare name, which then is that of the one that was given.
+                places.update({each: name for each in called | theirs if each not in places or each in theirs})
         return cls(pickled, tuple(spare.items()), tuple(sorted(places.items())))
 
     def find(self, needed: Iterable[str] = ()) -> dict[str, Any]:
@@ -81,7 +82,7 @@ class Customs:
             elif place in spare:
                 found[name] = cloudpickle.loads(spare[place])
             elif place is not None:  # given under another name than the driver registered it by
-                found[name] = next(given[each] for each in given if places.get(each) == place)
+                found.update([(name, given[each]) for each in given if places.get(each) == place][:1])
         return {**found, **given}
 
     def place(self, name: str) -> str | None:

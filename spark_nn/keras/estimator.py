@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pyspark import keyword_only
 
+from spark_nn.dataset.manifest import Manifest
 from spark_nn.errors import ModelFileError, ParamError
 from spark_nn.estimator import NeuralEstimator
 from spark_nn.keras import archive, codec
@@ -19,7 +20,8 @@ from spark_nn.keras.stages import LIBRARIES
 from spark_nn.keras.training import INITIAL_MODEL, MODEL, KerasTrainer, Recipe
 from spark_nn.persistence import ModelFile
 from spark_nn.store import RunDir
-from spark_nn.trainer import Schedule
+from spark_nn.summary import TrainingSummary
+from spark_nn.trainer import Schedule, Trained
 
 E = TypeVar("E", bound="KerasEstimator")
 _MODEL_FILE = f"model{codec.SUFFIX}"
@@ -341,12 +343,21 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
             callbacks=given("callbacks"),
             collective=self.getCollective(),  # type: ignore[arg-type]
             outputs=self.outputChoice(),
-            customs=Customs.of(self.getCustomObjects(), registered()),
+            customs=Customs.of(self._given(), registered()),
         )
         return KerasTrainer(schedule, recipe)
 
     def _newModel(self) -> KerasModel:
         return KerasModel()
+
+    def _modelOf(self, trained: Trained, file: ModelFile, manifest: Manifest, summary: TrainingSummary) -> KerasModel:
+        model = super()._modelOf(trained, file, manifest, summary)
+        # What the network has of initialModel's own classes it needs in the fitted model, too.
+        return model.setCustomObjects(given) if (given := self._given()) else model
+
+    def _given(self) -> dict[str, Any]:
+        before = self.getInitialModel().getCustomObjects() if self.isDefined("initialModel") else {}
+        return {**before, **self.getCustomObjects()}
 
     def _savedFiles(self) -> dict[str, ModelFile]:
         files = {}

@@ -54,17 +54,17 @@ class Feed:
         signature = self._parts(self._specs(tf, (None, stream.batch)))
         signature_of_rest = self._parts(self._specs(tf, (None,)))
 
-        def stretch(place: int) -> Any:
+        def stretch(place: Any) -> Any:
             whole = tf.data.Dataset.from_generator(
-                lambda: self._watched(self._blocks(place, batches, start)), output_signature=signature
+                lambda each: self._watched(self._blocks(int(each), batches, start)),
+                args=(place,),
+                output_signature=signature,
             )
             # A pass's last batch may be smaller than the others, and then is not one of a block.
             rest = tf.data.Dataset.from_generator(self._rest, output_signature=signature_of_rest)
             return whole.prefetch(1).unbatch().concatenate(rest)
 
-        joined = stretch(0)
-        for place in range(1, stream.most):
-            joined = joined.concatenate(stretch(place))
+        joined = stretch(0) if stream.most == 1 else tf.data.Dataset.range(stream.most).flat_map(stretch)
         counted = joined.apply(tf.data.experimental.assert_cardinality(stream.steps - start))
         # Beside a GPU that computes, a thread that brings the next batch is free; on a CPU it takes a core from those
         # that compute, and so does the tuning of a pipeline that has nothing to tune.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from spark_nn.errors import ParamError
+from spark_nn.errors import ModelFileError, ParamError
 from spark_nn.evaluation import MeasureLoader
 from spark_nn.keras import archive, codec, export, measure, pretrained
 from spark_nn.keras.customs import Customs, registered, require
@@ -64,9 +64,7 @@ class KerasModel(HasCustomObjects, NeuralModel):
             known = ", ".join(param.name for param in made.params)
             raise ParamError(f"a {cls.__name__} has no param {unknown[0]!r}: it has {known}")
         made._set(**{name: value for name, value in params.items() if value is not None})
-        made._fitted = pretrained.describe(
-            model, made.inputColumns(), Customs.of(made.getCustomObjects(), registered())
-        )
+        made._fitted = pretrained.describe(model, made.inputColumns(), made._known)
         made._outputs()  # refuses params that do not suit them
         return made
 
@@ -110,5 +108,9 @@ class KerasModel(HasCustomObjects, NeuralModel):
         return {"customObjects"}  # whoever loads the model gives them again
 
     def _loadSaved(self, metadata: dict[str, Any], files: dict[str, ModelFile]) -> None:
+        if any(not name.endswith(codec.SUFFIX) for name in files):
+            raise ModelFileError(
+                f"a KerasModel has a {codec.SUFFIX} file, and the metadata lists {', '.join(files)}: save it again"
+            )
         super()._loadSaved(metadata, files)
         self._admit(self.fitted.file, metadata.get("customObjects"))

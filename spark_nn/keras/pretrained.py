@@ -10,14 +10,14 @@ from typing import Any
 from spark_nn.columns import Tensor
 from spark_nn.errors import ParamError
 from spark_nn.keras import codec
-from spark_nn.keras.customs import Customs
+from spark_nn.keras.customs import Find
 from spark_nn.keras.describe import by_name, describe_model
 from spark_nn.model import Fitted
 from spark_nn.outputs import Output
 from spark_nn.persistence import ModelFile
 
 
-def describe(model: Any, columns: dict[str, tuple[str, list[str]]], customs: Customs) -> Fitted:
+def describe(model: Any, columns: dict[str, tuple[str, list[str]]], find: Find) -> Fitted:
     """What a fit would have left.
 
     Parameters
@@ -26,8 +26,8 @@ def describe(model: Any, columns: dict[str, tuple[str, list[str]]], customs: Cus
         Built.
     columns : dict
         For each input, by its tensor's name, the param that names its columns, and the columns.
-    customs : Customs
-        What it consists of besides Keras's own parts.
+    find : callable
+        Finds custom objects by their names.
 
     Raises
     ------
@@ -47,9 +47,9 @@ def describe(model: Any, columns: dict[str, tuple[str, list[str]]], customs: Cus
     put_out = model.compute_output_spec(inputs[0] if len(inputs) == 1 else {tensor.name: tensor for tensor in inputs})
     for name, output in by_name(model, put_out).items():
         _fixed(f"output {name!r}" if name else "output", output)
-    codec.check_loadable(model, customs)
     file = ModelFile(codec.SUFFIX)
     model.save(file.path)
+    codec.check_saved(file.path, "the model", find, compiled=False)
     outputs = {name: Output.fromDict(output) for name, output in describe_model(model, put_out).items()}
     return Fitted(file.sealed(), tensors, outputs, None)
 

@@ -79,10 +79,15 @@ class HasCustomObjects(Params):
         given = {} if customObjects is None else {"customObjects": customObjects}
         return StageReader(cls, given).load(path)  # type: ignore[type-var]
 
+    def _given(self) -> dict[str, Any]:
+        """The custom objects that the stage was given, in whatever way."""
+        return self.getCustomObjects()
+
     def _known(self, needed: Iterable[str] = ()) -> dict[str, Any]:
         """Driver side: the custom objects that were given, and what else is needed and registered in this process."""
-        aliases = {**by_names(registered()), **by_names(self.getCustomObjects())}
-        return {**{name: aliases[name] for name in needed if name in aliases}, **self.getCustomObjects()}
+        given = self._given()
+        aliases = {**by_names(registered()), **by_names(given)}
+        return {**{name: aliases[name] for name in needed if name in aliases}, **given}
 
     def _recorded(self, named: archive.Named) -> dict[str, str]:
         """The import paths of what a model needs, to be saved as text."""

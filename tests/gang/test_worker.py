@@ -4,10 +4,12 @@ import os
 import sys
 
 import pytest
+from pyspark.resource import ResourceInformation
 
-from spark_nn.errors import ClusterError
+from spark_nn.errors import ClusterError, ParamError
 from spark_nn.gang.failure import Failure, first_failure
-from spark_nn.gang.worker import _check_alike, child_environment, versions
+from spark_nn.gang.launch import Gang
+from spark_nn.gang.worker import Home, _check_alike, child_environment, first_environment, versions
 from spark_nn.store import RunDir
 
 
@@ -24,6 +26,35 @@ def test_a_rank_gets_an_environment_of_its_own():
     assert env["PYTHONPATH"].split(os.pathsep) == [path for path in sys.path if path]
     assert child_environment(base, 1, [])["CUDA_VISIBLE_DEVICES"] == ""
     assert base["RANK"] == "7"
+
+
+class Task:
+    """A task of Spark's that has been assigned two GPUs."""
+
+    def cpus(self):
+        return 2
+
+    def resources(self):
+        return {"gpu": ResourceInformation("gpu", ["3", "5"])}
+
+
+@pytest.mark.parametrize(("gpus", "visible"), [(True, "3,5"), (False, "")])
+def test_a_rank_sees_the_gpus_of_its_task_unless_it_must_not(gpus, visible):
+    assert Home(gpus=gpus).environment(Task())["CUDA_VISIBLE_DEVICES"] == visible
+
+
+def test_a_rank_starts_in_the_environment_that_its_task_was_started_in(monkeypatch):
+    monkeypatch.setenv("LEFT_BY_A_JOB", "x")
+    assert os.environ["LEFT_BY_A_JOB"] == "x"
+    found = first_environment()
+    assert "LEFT_BY_A_JOB" not in found
+    assert found["PATH"]
+
+
+def test_gpus_that_are_demanded_must_be_assigned(spark):
+    with pytest.raises(ParamError, match="useGpu=True, but Spark assigns no GPU to its tasks: set spark.task.resource"):
+        Gang(spark, 1, gpus=True).check()
+    Gang(spark, 1, gpus=False).check()
 
 
 def test_executors_that_differ_are_an_error_that_names_the_package():

@@ -242,6 +242,14 @@ DESCRIPTIONS = {
         "a TorchModuleWrapper, which holds a pickle",
     ),
     "a function of JAX's": (lambda m: first_layer(layer("keras.layers", "JaxLayer")), "a JaxLayer, which calls"),
+    "a layer under another's name": (
+        lambda m: first_layer({**layer("keras.layers", "Dense", {"units": 1}), "registered_name": "lib>Other"}),
+        "keras.layers.Dense under the registered name 'lib>Other': module not allowed",
+    ),
+    "a class under no name": (
+        lambda m: first_layer({**layer("lib", "Other"), "registered_name": ""}),
+        "registered_name is '': it must be a name",
+    ),
     "a vocabulary of this machine": (
         lambda m: first_layer(layer("keras.layers", "StringLookup", {"vocabulary": "/etc/passwd"})),
         "a StringLookup whose vocabulary is the path '/etc/passwd'",
@@ -437,6 +445,34 @@ def test_files_outside_the_stages_folder_are_not_fetched(saved, name):
     for load in saved.loads:
         with pytest.raises(ModelFileError, match="which is a path out of the stage's folder and no name"):
             load()
+
+
+def test_a_file_that_keras_would_read_otherwise_is_refused(saved, native, tmp_path):
+    """Keras goes by the suffix, and a zip file may have something before it."""
+    weights = io.BytesIO()
+    with h5py.File(weights, "w") as file:
+        file["other"] = np.zeros(3)
+    both = weights.getvalue() + native
+    assert zipfile.is_zipfile(io.BytesIO(both))
+    saved(both)
+    for load in saved.loads:
+        with pytest.raises(ModelFileError, match="has something before it"):
+            load()
+    for folder in saved.folders:
+        listed = {"sha256": hashlib.sha256(both).hexdigest(), "bytes": len(both)}
+        (folder / "model" / "model.keras").rename(folder / "model" / "model.h5")
+        (folder / "manifest.json").write_text(json.dumps({"format": 1, "model": {"model.h5": listed}}))
+        (metadata,) = (folder / "metadata").glob("part-*")
+        for crc in [*folder.rglob(".*.crc")]:
+            crc.unlink()
+        metadata.write_text(metadata.read_text().replace('"model.keras"', '"model.h5"'))
+    for load in saved.loads:
+        with pytest.raises(ModelFileError, match="a KerasModel has a .keras file, and the metadata lists model.h5"):
+            load()
+    path = tmp_path / "model.h5"
+    path.write_bytes(native)
+    with pytest.raises(ModelFileError, match="ends in '.h5', by which Keras would read it as another format"):
+        archive.inspect(path)
 
 
 def test_a_newer_format_is_refused_and_a_newer_param_left_out(saved):

@@ -120,6 +120,30 @@ def test_several_inputs_of_all_kinds_and_several_outputs(spark, store, df, tmp_p
         fitted.transform(df.withColumn("word", F.lit(1.0)))
 
 
+def test_outputs_have_columns_weights_and_kinds_of_their_own(spark, store, df):
+    given = {"model": models.several, "modelParams": {"vocabulary": WORDS}, "loss": LOSSES, "optimizer": "adam"}
+    columns = {"inputs": INPUTS, "labels": {"kind": "kind", "price": "price"}}
+    weights = {"price": 0.25, "kind": 2.0}
+    stage = estimator(store, **given, **columns, lossWeights=weights, outputCols={"price": "cost", "kind": ""})
+    model = stage.fit(df)
+    compiled = {"optimizer": "adam", "loss": LOSSES, "loss_weights": weights}
+    expected, x = plain(df, lambda: models.several(WORDS), compiled)
+    assert models.relative(model.model.get_weights(), expected.get_weights()) < 1e-5
+    scored = model.transform(df)
+    assert scored.columns == [*df.columns, "cost"]
+    np.testing.assert_allclose(
+        [row.cost for row in scored.collect()], expected.predict(x, verbose=0)[0][:, 0], atol=1e-5
+    )
+    # Only what is named, where the param that names the others is empty.
+    bare = model.copy({model.predictionCol: "", model.probabilityCol: "", model.rawPredictionCol: ""})
+    assert bare.transform(df).columns == [*df.columns, "cost"]
+    raw = model.copy({model.outputKind: {"kind": "raw"}, model.outputCols: {"kind": "chances"}})
+    found = raw.transform(df).select("chances").collect()
+    np.testing.assert_allclose([row.chances for row in found], expected.predict(x, verbose=0)[1], atol=1e-5)
+    with pytest.raises(ParamError, match="outputCols names the outputs 'size', and labels 'kind', 'price'"):
+        stage.copy({stage.outputCols: {"size": "s"}}).fit(df)
+
+
 def test_two_workers_train_several_inputs_alike(spark, store, df):
     given = {"model": models.several, "modelParams": {"vocabulary": WORDS}, "loss": LOSSES, "inputs": INPUTS}
     metrics = {"price": ["mae"], "kind": ["accuracy"]}

@@ -235,14 +235,36 @@ def test_going_on_from_a_model_of_them(spark, store, tmp_path, layers):
     df = data(spark, 64)
     first = estimator(store, model=layers.gated, loss="mse", customObjects=layers.OBJECTS, epochs=1).fit(df)
     further = {"model": layers.gated, "initialModel": first, "loss": "mse", "epochs": 1, "learningRate": 1e-9}
+    # What initialModel was given need not be given again.
+    plain = estimator(store, **further).fit(df)
+    assert plain.getCustomObjects() == layers.OBJECTS
+    assert models.relative(plain.model.get_weights(), first.model.get_weights()) < 1e-4
+    assert [row.prediction for row in plain.transform(df).limit(3).collect()]
+    forgetful = first.copy()
+    forgetful.clear(forgetful.customObjects)
     with pytest.raises(ParamError, match="initialModel names Gate"):
-        estimator(store, **further).fit(df)
+        estimator(store, **{**further, "initialModel": forgetful}).fit(df)
     again = estimator(store, customObjects=layers.OBJECTS, **further)
     assert models.relative(again.fit(df).model.get_weights(), first.model.get_weights()) < 1e-4
     path = str(tmp_path / "estimator")
     again.save(path)
     loaded = KerasEstimator.load(path).getInitialModel()
     assert models.relative(loaded.model.get_weights(), first.model.get_weights()) == 0
+
+
+def absolute(y, p):
+    import keras
+
+    return keras.ops.mean(keras.ops.abs(y - p), axis=-1)
+
+
+def test_settings_may_name_them(spark, store, layers):
+    df = data(spark, 64)
+    given = {"model": models.mlp, "epochs": 1, "customObjects": {"mine": absolute}}
+    named = estimator(store, **given, loss="mine", metrics=["mine"]).fit(df)
+    known = estimator(store, model=models.mlp, epochs=1, loss="mae").fit(df)
+    assert named.summary.history["loss"] == pytest.approx(known.summary.history["loss"], rel=1e-5)
+    assert models.relative(named.model.get_weights(), known.model.get_weights()) < 1e-5
 
 
 def test_customs_are_equal_where_their_content_is(layers):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -55,7 +56,6 @@ def test_a_saved_model_predicts_the_same_in_a_process_with_tensorflow_alone(spar
 
 
 def test_the_native_file_goes_to_any_filesystem(native):
-    import fsspec
 
     model = KerasModel.fromKeras(native)
     model.export("memory://exports/folder/model.keras", "keras")
@@ -65,6 +65,28 @@ def test_the_native_file_goes_to_any_filesystem(native):
     assert fsspec.filesystem("memory").exists("/exports/folder/saved/variables/variables.index")
     names = {name.rpartition("/")[2] for name in fsspec.filesystem("memory").ls("/exports/folder", detail=False)}
     assert names == {"model.keras", "saved"}
+
+
+def test_what_is_there_is_replaced_as_a_whole_or_stays(native, tmp_path, monkeypatch):
+    model = KerasModel.fromKeras(native)
+    path = tmp_path / "model.keras"
+    path.write_bytes(b"before")
+    target = type(fsspec.filesystem("file"))
+    move = target.mv
+
+    def fails(self, old, new, **kwargs):
+        if str(old).endswith(".draft"):
+            raise OSError("no room")
+        return move(self, old, new, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "mv", fails)
+        with pytest.raises(StoreError, match="no room"):
+            model.export(str(path), "keras", overwrite=True)
+    assert path.read_bytes() == b"before"
+    model.export(str(path), "keras", overwrite=True)
+    assert path.read_bytes() == model.fitted.file.path.read_bytes()
+    assert [each.name for each in tmp_path.iterdir()] == ["model.keras"]
 
 
 def test_an_onnx_file_computes_the_same(native, tmp_path):
