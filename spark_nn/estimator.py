@@ -61,7 +61,7 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         """Fit a model for each param map, in one start of the gang and on rows that are written once.
 
         Maps with ``numWorkers=1`` are trained side by side, as many as the cluster has room for; maps of several
-        workers one after the other.
+        workers one after the other, and all of them where ``spark.speculation`` is on.
 
         Parameters
         ----------
@@ -73,8 +73,9 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         Returns
         -------
         iterator
-            Yields the index of a map and its model; threads may share it, and the order is that of completion. Where a
-            training fails, its turn raises the error, and the others go on.
+            Yields the index of a map and its model; threads may share it, and the order is that of completion. Where
+            the fit of a map fails, its turn raises the error (``TrainingError``, ``DatasetError``, ``StoreError``, or
+            ``ParamError`` for what only its model shows), and the others go on.
 
         Raises
         ------

@@ -114,7 +114,7 @@ class NeuralModel(Model, ModelParams, Stage):
         return summary
 
     def getHistory(self) -> dict[str, list[Any]]:
-        """For each metric its value after each epoch of the fit, as ``summary.history``."""
+        """For each metric its value after each epoch of the fit, as ``summary.history``; raises as ``summary`` does."""
         return self.summary.history
 
     def evaluate(self, dataset: DataFrame) -> dict[str, Any]:

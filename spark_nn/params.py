@@ -338,7 +338,9 @@ class TrainingParams(ModelParams, RunningParams, HasValidationIndicatorCol, HasS
         class_weights,
     )
     epochs: Param[int] = param(
-        "epochs", "How many times training passes over the rows (>= 1).", integer("epochs", low=1)
+        "epochs",
+        "How many times training passes over the rows, or takes stepsPerEpoch steps (>= 1).",
+        integer("epochs", low=1),
     )
     stepsPerEpoch: Param[int] = param(
         "stepsPerEpoch",

@@ -93,9 +93,10 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
     classWeights : dict, optional
         How much the rows of each class count in the loss: class to weight, 1 for a class that is not named.
     epochs : int, default 1
-        Passes over the rows.
+        Passes over the rows, or, with `stepsPerEpoch`, times so many steps (>= 1).
     stepsPerEpoch : int, optional
-        Optimizer steps of an epoch, where that is to be no pass: the next epoch goes on where the last has stopped.
+        Optimizer steps of an epoch (>= 1), where that is to be no pass: the next epoch goes on where the last has
+        stopped.
     batchSize : int, default 32
         Rows per optimizer step over all workers together, a multiple of `numWorkers`.
     numWorkers : int, default 1

@@ -51,6 +51,8 @@ class KerasModel(HasCustomObjects, NeuralModel):
 
         Raises
         ------
+        TypeError
+            It is no keras.Model.
         ParamError
             The network is not built, has an input of open shape, or cannot be loaded where it is to score; or a param
             is unknown or does not fit it.
@@ -73,6 +75,13 @@ class KerasModel(HasCustomObjects, NeuralModel):
         """The native ``keras.Model``, loaded anew at each access.
 
         It is compiled as it was trained, but where the loss or a metric is a function, which its file does not hold.
+
+        Raises
+        ------
+        SparkNNError
+            This model is empty.
+        ModelFileError
+            Custom objects that it consists of are missing.
         """
         return codec.load_compiled(str(self.fitted.file.path), self._known)
 

@@ -68,6 +68,11 @@ class HasCustomObjects(Params):
             Classes and functions of your own that its model consists of, by their names, in place of those that were
             saved.
 
+        Returns
+        -------
+        KerasEstimator or KerasModel
+            The stage, of the class that load was called on.
+
         Raises
         ------
         ModelFileError

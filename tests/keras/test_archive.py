@@ -307,7 +307,7 @@ def overlapping(native):
 
 
 ARCHIVES = {
-    "no zip": (lambda n: b"\x89HDF\r\n\x1a\n" + bytes(99), "is not a zip file, or not a whole one"),
+    "no zip": (lambda n: b"\x89HDF\r\n\x1a\n" + bytes(99), "is not a zip file, or has something"),
     "half a zip": (lambda n: n[: len(n) // 2], "is not a zip file, or not a whole one"),
     "nothing": (lambda n: b"", "is not a zip file"),
     "no weights": (lambda n: rewritten(n, {WEIGHTS: None}), "lacks the member model.weights.h5"),

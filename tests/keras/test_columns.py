@@ -122,7 +122,7 @@ def test_several_inputs_of_all_kinds_and_several_outputs(spark, store, df, tmp_p
 
 def test_outputs_have_columns_weights_and_kinds_of_their_own(spark, store, df):
     given = {"model": models.several, "modelParams": {"vocabulary": WORDS}, "loss": LOSSES, "optimizer": "adam"}
-    columns = {"inputs": INPUTS, "labels": {"kind": "kind", "price": "price"}}
+    columns = {"inputs": INPUTS, "labels": {"kind": "kind", "price": "price"}, "weightCol": "weight"}
     weights = {"price": 0.25, "kind": 2.0}
     stage = estimator(store, **given, **columns, lossWeights=weights, outputCols={"price": "cost", "kind": ""})
     model = stage.fit(df)

@@ -255,7 +255,7 @@ def test_going_on_from_a_model_of_them(spark, store, tmp_path, layers):
 def absolute(y, p):
     import keras
 
-    return keras.ops.mean(keras.ops.abs(y - p), axis=-1)
+    return keras.ops.mean(keras.ops.abs(keras.ops.cast(y, p.dtype) - p), axis=-1)
 
 
 def test_settings_may_name_them(spark, store, layers):

@@ -123,12 +123,12 @@ def test_networks_that_cannot_score_are_refused():
         (several, {"inputs": {"n": ["a", "b"], "m": "c"}}, r"makes an input of shape \(2,\), and .* 'n' has \(3,\)"),
         (network(), {"inputCols": ["a", "b"]}, r"makes an input of shape \(2,\), and .* has \(3,\): name as many"),
         (network(), {"inputs": {"x": "a", "y": "b"}}, "has the input .*, and inputs names 'x', 'y'.*or featuresCol in"),
-        (network(), {"epochs": 3}, "a KerasModel has no param 'epochs': it has featuresCol,"),
+        (network(), {"epochs": 3}, "a KerasModel has no param 'epochs': it has customObjects, featuresCol,"),
         (network(), {"featuresCol": "a", "inputCols": ["b"]}, "are both set, but name the same thing"),
     ]
     lambdas = models.with_lambda()
     lambdas(np.zeros((1, 3)))
-    cases.append((lambdas, {}, "could be trained, but not be loaded for scoring"))
+    cases.append((lambdas, {}, "a Lambda, which is code"))
     for native, params, message in cases:
         with pytest.raises(ParamError, match=message):
             KerasModel.fromKeras(native, **params)
