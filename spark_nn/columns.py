@@ -317,6 +317,46 @@ def decode_batch(
     return block, known
 
 
+def decode_usable(
+    batch: pa.RecordBatch, tensors: Sequence[Tensor], *, skip: bool
+) -> tuple[pa.RecordBatch, dict[str, np.ndarray], list[Tensor], Invalid]:
+    """Decode a batch, without the rows that cannot be used where these may be skipped.
+
+    Returns
+    -------
+    tuple
+        The rows that are left, their blocks, the tensors as :func:`decode_batch` gives them, and what was wrong with
+        the rows that came.
+    """
+    invalid = Invalid(batch.num_rows)
+    block, known = decode_batch(batch, tensors, invalid)
+    if skip and invalid.problems:
+        batch = batch.filter(pa.array(~invalid.rows))
+        block, known = decode_batch(batch, tensors, Invalid(batch.num_rows))
+    return batch, block, known, invalid
+
+
+def refuse_rows(reports: Iterable[dict[str, Any]]) -> None:
+    """Driver side: raise what tasks have found wrong with rows that may not be skipped.
+
+    Parameters
+    ----------
+    reports : iterable of dict
+        Of each task the ``problems``: a list of column, kind and number of rows.
+
+    Raises
+    ------
+    ColumnError
+        There is something.
+    """
+    problems: Counter[Problem] = Counter()
+    for task in reports:
+        for column, kind, rows in task["problems"]:
+            problems[Problem(column, kind)] += rows
+    if problems:
+        raise report(problems, "; or leave such rows out with handleInvalid='skip'")
+
+
 def report(problems: Counter[Problem], advice: str = "") -> ColumnError:
     """The error that names every column with rows that cannot be used."""
     lines = [problem.describe(rows) for problem, rows in sorted(problems.items(), key=repr)]

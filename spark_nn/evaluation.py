@@ -17,7 +17,17 @@ import numpy as np
 import pyarrow as pa
 from pyspark import SparkFiles, TaskContext
 
-from spark_nn.columns import Arrays, Invalid, Problem, Tensor, arrange, decode_batch, expression, report
+from spark_nn.columns import (
+    Arrays,
+    Invalid,
+    Problem,
+    Tensor,
+    arrange,
+    decode_batch,
+    decode_usable,
+    expression,
+    refuse_rows,
+)
 from spark_nn.errors import ColumnError, DatasetError, ModelFileError
 from spark_nn.scoring import loaded
 
@@ -80,13 +90,10 @@ class Evaluation:
         rows = skipped = 0
         example = refused = None
         for batch in batches:
-            invalid = Invalid(batch.num_rows)
-            block, known = decode_batch(batch, tensors, invalid)
-            if invalid.problems and self.skip:
-                skipped += int(invalid.rows.sum())
-                batch = batch.filter(pa.array(~invalid.rows))
-                block, known = decode_batch(batch, tensors, Invalid(batch.num_rows))
-            elif invalid.problems:
+            came = batch.num_rows
+            batch, block, known, invalid = decode_usable(batch, tensors, skip=self.skip)
+            skipped += came - batch.num_rows
+            if not self.skip:
                 problems += invalid.problems
             if problems or refused or not batch.num_rows:
                 continue  # no value will be computed: only find out what is wrong with the rest
@@ -164,12 +171,7 @@ def evaluate(dataset: DataFrame, evaluation: Evaluation) -> dict[str, Any]:
     found = counted.repartition(1).mapInArrow(evaluation.finish, "result string").collect()
     result = json.loads(found[0]["result"]) if found else {"reports": [], "results": {}}
     reports: list[dict[str, Any]] = result["reports"]
-    problems: Counter[Problem] = Counter()
-    for task in reports:
-        for column, kind, count in task["problems"]:
-            problems[Problem(column, kind)] += count
-    if problems:
-        raise report(problems, "; or leave such rows out with handleInvalid='skip'")
+    refuse_rows(reports)
     for task in reports:
         if task["refused"]:
             raise ModelFileError(task["refused"])

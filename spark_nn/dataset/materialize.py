@@ -7,13 +7,12 @@ sees a row.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pyspark.sql import functions as F
 
-from spark_nn.columns import Problem, Tensor, expression, report
+from spark_nn.columns import Tensor, expression, refuse_rows
 from spark_nn.dataset.fingerprint import Fingerprint
 from spark_nn.dataset.manifest import MANIFEST, Group, Manifest, Split
 from spark_nn.dataset.writer import PartitionWriter, group_rows, stored
@@ -89,7 +88,7 @@ def materialize(dataset: DataFrame, spec: Spec, run: RunDir) -> Manifest:
                 f"an executor does not find the directory that the driver made in the store ({task['unshared']}): the "
                 "store is not the same directory there. Set storeUrl to storage that all hosts share"
             )
-    _check_rows(reports)
+    refuse_rows(reports)
     known = _with_shapes(stored(list(spec.tensors)), reports)
     content, skipped = _content(reports), sum(task["skipped"] for task in reports)
     manifest = Manifest(
@@ -159,15 +158,6 @@ def _spread(dataset: DataFrame) -> int | None:
         return None
     slots = int(dataset.sparkSession.sparkContext.defaultParallelism)
     return slots if query.toRdd().getNumPartitions() < slots else None
-
-
-def _check_rows(reports: list[dict[str, Any]]) -> None:
-    problems: Counter[Problem] = Counter()
-    for task in reports:
-        for column, kind, rows in task["problems"]:
-            problems[Problem(column, kind)] += rows
-    if problems:
-        raise report(problems, "; or leave such rows out with handleInvalid='skip'")
 
 
 def _with_shapes(tensors: list[Tensor], reports: list[dict[str, Any]]) -> list[Tensor]:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark import TaskContext
 
-from spark_nn.columns import Invalid, Problem, Tensor, decode_batch, row_bytes
+from spark_nn.columns import Problem, Tensor, decode_usable, row_bytes
 from spark_nn.dataset.fingerprint import Fingerprint, hash_rows, mix
 from spark_nn.store import RunDir
 
@@ -96,13 +96,9 @@ class PartitionWriter:
         try:
             for batch in batches:
                 first, rows = content.rows, batch.num_rows
-                invalid = Invalid(rows)
-                block, known = decode_batch(batch, tensors, invalid)
-                if invalid.problems and self.skip:
-                    skipped += int(invalid.rows.sum())
-                    batch = batch.filter(pa.array(~invalid.rows))
-                    block, known = decode_batch(batch, tensors, Invalid(batch.num_rows))
-                elif invalid.problems:
+                batch, block, known, invalid = decode_usable(batch, tensors, skip=self.skip)
+                skipped += rows - batch.num_rows
+                if not self.skip:
                     problems += invalid.problems
                 if problems or not batch.num_rows:
                     content += Fingerprint(rows)
