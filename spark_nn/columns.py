@@ -448,11 +448,11 @@ def _refusal(param: str, name: str, kind: DataType, allowed: str) -> ColumnError
         advice = f"cast it, F.col({name!r}).cast('boolean')"
     elif isinstance(kind, (StringType, BinaryType)):
         advice = (
-            "StringIndexer (and OneHotEncoder) turns strings into numbers; a model that takes strings itself has an "
-            "input for them alone (the param inputs)"
-            if allowed == _NUMBERS
-            else "StringIndexer (and OneHotEncoder) turns strings into numbers"
+            f"numbers that were read as text are cast, F.col({name!r}).cast('double'); StringIndexer (and "
+            "OneHotEncoder) turns categories into numbers"
         )
+        if allowed == _NUMBERS:
+            advice += "; a model that takes strings itself has an input for them alone (the param inputs)"
     elif isinstance(kind, (DateType, TimestampType, TimestampNTZType)):
         advice = "derive numbers from it, such as unix_timestamp, hour or dayofweek"
     elif isinstance(kind, ArrayType):

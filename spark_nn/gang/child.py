@@ -22,7 +22,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
-from spark_nn.errors import PeerLost
+from spark_nn.errors import ClusterError, PeerLost
 from spark_nn.gang.collective import Alone, Collective
 from spark_nn.gang.context import RESULT, GangContext, attempt_folder
 from spark_nn.gang.failure import Failure
@@ -88,7 +88,7 @@ def _obey(sock: socket.socket, order: dict[str, Any], function: bytes, listener:
             progress=progress,
         )
         began = time.time()
-        value = cloudpickle.loads(function)(context)
+        value = _function(function)(context)
         progress.close()
         if rank == 0:
             attempt.writeJson(RESULT, {"value": value, "taken": order["taken"], "began": began, "ended": time.time()})
@@ -104,6 +104,23 @@ def _obey(sock: socket.socket, order: dict[str, Any], function: bytes, listener:
         line.send(failure=failure.toText())
         failure.save(gang)
         raise
+
+
+def _function(pickled: bytes) -> Any:
+    """The function to run.
+
+    Raises
+    ------
+    ClusterError
+        It is of a module that is not here.
+    """
+    try:
+        return cloudpickle.loads(pickled)
+    except ModuleNotFoundError as error:
+        raise ClusterError(
+            f"what is to be run needs the module {error.name!r}, which this worker does not have: install it for the "
+            f"executors' Python, or send it with spark.addArtifacts('{error.name}.py', pyfile=True)"
+        ) from error
 
 
 def _join(order: dict[str, Any], listener: socket.socket) -> Collective:

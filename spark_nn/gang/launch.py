@@ -442,8 +442,10 @@ def _training_error(failure: Failure) -> TrainingError:
     lines = [f"training failed on rank {failure.rank} (host {failure.host}){phase}: {failure.reason}"]
     if failure.traceback:
         lines += ["", "The worker's traceback:", failure.traceback.rstrip()]
-    elif failure.log:
-        lines += ["", "The last lines it printed:", failure.log]
+    # The process prints its traceback last of all.
+    printed = failure.log.partition("Traceback (most recent call last)")[0] if failure.traceback else failure.log
+    if printed.strip():
+        lines += ["", "The last lines it printed:", printed.strip()]
     return TrainingError(
         "\n".join(lines),
         rank=failure.rank,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar
@@ -15,6 +16,7 @@ from spark_nn.estimator import NeuralEstimator
 from spark_nn.keras import archive, codec
 from spark_nn.keras.customs import Customs, registered, require
 from spark_nn.keras.model import KerasModel
+from spark_nn.keras.names import check_name
 from spark_nn.keras.params import KerasParams
 from spark_nn.keras.stages import LIBRARIES
 from spark_nn.keras.training import INITIAL_MODEL, MODEL, KerasTrainer, Recipe
@@ -313,6 +315,17 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
                 except ModelFileError as error:
                     raise ParamError(str(error)) from error
                 require(named, self._known(named), name, named, ParamError)
+                self._checkNamed(name, self.getOrDefault(name))
+
+    def _checkNamed(self, name: str, value: Any) -> None:
+        """Refuse a lambda, whose code the model's file would have to hold, and early what Keras does not know."""
+        if isinstance(value, (list, tuple)) or (isinstance(value, dict) and "class_name" not in value):
+            for each in value.values() if isinstance(value, dict) else value:
+                self._checkNamed(name, each)
+        elif getattr(value, "__name__", "") == "<lambda>":
+            raise ParamError(f"{name} is a lambda, which the model's file cannot name: give a function with a name")
+        elif isinstance(value, str) and "keras" in sys.modules and value not in self._known([value]):
+            check_name(name, value)  # else the workers will: the driver imports no framework for it
 
     def _trainer(self, schedule: Schedule, run: RunDir) -> KerasTrainer:
         def given(name: str) -> Any:

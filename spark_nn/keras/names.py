@@ -1,4 +1,4 @@
-"""Worker side: whether Keras knows what a param names, said in the param's words and before anything is traced."""
+"""Whether Keras knows what a param names, said in the param's words and before anything is traced."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from spark_nn.errors import ParamError
 
 # Shorthands that Keras resolves by the shapes that it meets.
 _BY_SHAPE = ("accuracy", "acc", "crossentropy", "ce")
+_HELPERS = ("deserialize", "get", "serialize")
 
 
 def check_name(param: str, value: Any) -> None:
@@ -30,7 +31,8 @@ def check_name(param: str, value: Any) -> None:
     import keras
 
     if isinstance(value, dict):
-        value = list(value.values())
+        # What has a class was an object, and Keras's own.
+        value = [] if "class_name" in value else list(value.values())
     if isinstance(value, (list, tuple)):
         for each in value:
             check_name(param, each)
@@ -45,7 +47,9 @@ def check_name(param: str, value: Any) -> None:
         known = sorted(
             name
             for name, each in vars(module).items()
-            if not name.startswith("_") and (inspect.isfunction(each) if param == "loss" else inspect.isclass(each))
+            if not name.startswith("_")
+            and name not in _HELPERS
+            and (inspect.isfunction(each) if param == "loss" else inspect.isclass(each))
         )
         lowered = {name.lower(): name for name in [*known, *(_BY_SHAPE if param == "metrics" else ())]}
         near = difflib.get_close_matches(value.lower(), lowered, n=3, cutoff=0.5)

@@ -105,6 +105,19 @@ def test_the_gang_returns_what_rank_0_returned(spark, store):
     assert "GREETING" not in os.environ
 
 
+def test_a_module_that_the_workers_lack_is_named_with_the_cure(spark, store, tmp_path, monkeypatch):
+    (tmp_path / "only_here.py").write_text("def answer(context):\n    return 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import only_here
+
+    with RunDir.open(f"file://{store}") as run:
+        message = (
+            r"needs the module 'only_here', which this worker does not have: .*addArtifacts\('only_here.py', pyfile"
+        )
+        with pytest.raises(TrainingError, match=message):
+            Gang(spark, 1).run(only_here.answer, run)
+
+
 def task():
     """The process of the Spark task that guards this one: who is at the other end of its connection."""
     for name in os.listdir("/proc/self/fd"):

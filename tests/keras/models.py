@@ -96,6 +96,9 @@ def stops_early():
 
 
 def raises():
+    import sys
+
+    sys.stdout.write("it is about to break\n")
     raise ValueError("no model today")
 
 

@@ -196,8 +196,13 @@ def test_what_a_file_does_not_hold_is_told(spark, df):
 
     native = models_built()
     native.compile("sgd", own)
-    with pytest.raises(ModelFileError, match=r"a function or class that its file does not hold: compile .*'own'"):
+    with pytest.raises(
+        ModelFileError, match=r"that its file does not hold: give it as customObjects, or compile .*own"
+    ):
         KerasModel.fromKeras(native, **SHARED).evaluate(df)
+    x, y = column(df, "a", "b", "c").astype("float32"), column(df, "label").astype("float32")
+    found = KerasModel.fromKeras(native, customObjects={"own": own}, **SHARED).evaluate(df)
+    close(found, native.evaluate(x, y, batch_size=len(x), return_dict=True, verbose=0))
     native.compile("sgd", models.summed_loss())
     with pytest.raises(ModelFileError, match="MeanSquaredError has reduction='sum'.*would depend on how the rows"):
         KerasModel.fromKeras(native, **SHARED).evaluate(df)
