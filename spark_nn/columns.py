@@ -357,6 +357,24 @@ def refuse_rows(reports: Iterable[dict[str, Any]]) -> None:
         raise report(problems, "; or leave such rows out with handleInvalid='skip'")
 
 
+def one_shape(tensor: Tensor, shapes: Iterable[Sequence[int]]) -> tuple[int, ...] | None:
+    """Driver side: the shape of a row that all tasks have found, None where none has found any.
+
+    Raises
+    ------
+    ColumnError
+        They have found several.
+    """
+    found = sorted({tuple(shape) for shape in shapes})
+    if len(found) > 1:
+        listed = ", ".join(" x ".join(map(str, shape)) for shape in found)
+        raise ColumnError(
+            f"column {tensor.columns[0]!r} has rows of differing length, among them {listed}: every row must have as "
+            "many elements, pad or cut them"
+        )
+    return found[0] if found else None
+
+
 def report(problems: Counter[Problem], advice: str = "") -> ColumnError:
     """The error that names every column with rows that cannot be used."""
     lines = [problem.describe(rows) for problem, rows in sorted(problems.items(), key=repr)]

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-from pyspark import SparkFiles, TaskContext
 
 from spark_nn.columns import (
     Arrays,
@@ -26,10 +25,11 @@ from spark_nn.columns import (
     decode_batch,
     decode_usable,
     expression,
+    one_shape,
     refuse_rows,
 )
-from spark_nn.errors import ColumnError, DatasetError, ModelFileError
-from spark_nn.scoring import loaded
+from spark_nn.errors import DatasetError, ModelFileError
+from spark_nn.scoring import fetched
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -139,9 +139,7 @@ class Evaluation:
         yield pa.RecordBatch.from_pydict({"result": [json.dumps(result)]})
 
     def _loaded(self) -> Measure:
-        context = TaskContext.get()
-        cpus = context.cpus() if context else 1
-        measure: Measure = loaded(self.load, SparkFiles.get(self.file), self.sha256, cpus)
+        measure: Measure = fetched(self.load, self.file, self.sha256)
         measure.reset()  # a task that failed may have left something
         return measure
 
@@ -175,7 +173,8 @@ def evaluate(dataset: DataFrame, evaluation: Evaluation) -> dict[str, Any]:
     for task in reports:
         if task["refused"]:
             raise ModelFileError(task["refused"])
-    _check_shapes(evaluation.tensors, reports)
+    for tensor in evaluation.tensors:  # within a partition all rows have one, or there is a problem
+        one_shape(tensor, (task["shapes"][tensor.name] for task in reports if task["rows"]))
     if not any(task["rows"] for task in reports):
         skipped = sum(task["skipped"] for task in reports)
         raise DatasetError(
@@ -184,18 +183,6 @@ def evaluate(dataset: DataFrame, evaluation: Evaluation) -> dict[str, Any]:
         )
     values: dict[str, Any] = result["results"]
     return values
-
-
-def _check_shapes(tensors: Sequence[Tensor], reports: Sequence[dict[str, Any]]) -> None:
-    """Check that a column's rows have the same shape in all partitions, as they have within each."""
-    for tensor in tensors:
-        shapes = sorted({tuple(task["shapes"][tensor.name]) for task in reports if task["rows"]})
-        if len(shapes) > 1:
-            found = ", ".join(" x ".join(map(str, shape)) for shape in shapes)
-            raise ColumnError(
-                f"column {tensor.columns[0]!r} has rows of differing length, among them {found}: every row must have "
-                "as many elements, pad or cut them"
-            )
 
 
 def _add(measure: Measure, block: dict[str, np.ndarray]) -> None:

@@ -80,9 +80,7 @@ class Scorer:
         predict: Predict | None = None
         for batch in batches:
             if predict is None:
-                context = TaskContext.get()
-                cpus = context.cpus() if context else 1
-                predict = loaded(self.load, SparkFiles.get(self.file), self.sha256, cpus)
+                predict = fetched(self.load, self.file, self.sha256)
             yield self.score(batch, predict)
 
     def types(self) -> dict[str, str]:
@@ -275,8 +273,14 @@ def nested(series: pd.Series) -> list[Any]:
     return [plain(value) for value in series]
 
 
+def fetched(load: Callable[[str, int], Any], file: str, sha256: str) -> Any:
+    """Executor side: what a loader makes of a model file that was shipped, for a task of so many cores."""
+    context = TaskContext.get()
+    return _loaded(load, SparkFiles.get(file), sha256, context.cpus() if context else 1)
+
+
 @functools.lru_cache(maxsize=_KEPT_MODELS)
-def loaded(load: Callable[[str, int], Any], path: str, sha256: str, cpus: int) -> Any:
+def _loaded(load: Callable[[str, int], Any], path: str, sha256: str, cpus: int) -> Any:
     """What a loader makes of a model file, such as its predicting function; loaded once per Python worker."""
     found = digest(Path(path))
     if found != sha256:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from pyspark.sql import functions as F
 
-from spark_nn.columns import Tensor, expression, refuse_rows
+from spark_nn.columns import Tensor, expression, one_shape, refuse_rows
 from spark_nn.dataset.fingerprint import Fingerprint
 from spark_nn.dataset.manifest import MANIFEST, Group, Manifest, Split
 from spark_nn.dataset.writer import PartitionWriter, group_rows, stored
-from spark_nn.errors import ColumnError, DatasetError, StoreError
+from spark_nn.errors import DatasetError, StoreError
 from spark_nn.store import RunDir
 
 if TYPE_CHECKING:
@@ -165,14 +165,8 @@ def _with_shapes(tensors: list[Tensor], reports: list[dict[str, Any]]) -> list[T
     known = []
     for tensor in tensors:
         if tensor.depth:
-            shapes = sorted({tuple(task["shapes"][tensor.name]) for task in reports if task["files"]})
-            if len(shapes) > 1:
-                found = ", ".join(" x ".join(map(str, shape)) for shape in shapes)
-                raise ColumnError(
-                    f"column {tensor.columns[0]!r} has rows of differing length, among them {found}: every row must "
-                    "have as many elements, pad or cut them"
-                )
-            tensor = replace(tensor, shape=shapes[0] if shapes else tensor.shape or (0,) * tensor.depth)
+            shape = one_shape(tensor, (task["shapes"][tensor.name] for task in reports if task["files"]))
+            tensor = replace(tensor, shape=shape or tensor.shape or (0,) * tensor.depth)
         known.append(tensor)
     return known
 
