@@ -18,6 +18,7 @@ import math
 import re
 import stat
 import struct
+import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ _ASSETS = "assets"
 _CONFIG_BYTES = 64 << 20
 # Keras writes weights as they are. What claims to be so much larger than it is would fill the memory.
 _EXPANSION = 100
+_PARSING = threading.Lock()
 _SMALL = 16 << 20
 
 # Modules whose public classes make up models. Of others single classes.
@@ -343,7 +345,10 @@ def _public(module: str) -> frozenset[str]:
     if found is None or not found.submodule_search_locations:
         raise ModelFileError("Keras is not installed here, and the model is one of Keras's: pip install keras")
     text = Path(found.submodule_search_locations[0], *module.split(".")[1:], "__init__.py").read_text("utf-8")
-    imports = [each for each in ast.parse(text).body if isinstance(each, ast.ImportFrom)]
+    # Python 3.11 counts the depth of all threads' parsing as one, and fails where two parse at once (SystemError).
+    with _PARSING:
+        body = ast.parse(text).body
+    imports = [each for each in body if isinstance(each, ast.ImportFrom)]
     return frozenset(alias.asname or alias.name for each in imports for alias in each.names)
 
 

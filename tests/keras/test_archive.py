@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -582,6 +583,18 @@ def everyday():
         models.several(["a", "b"]),
         models.remembering(),
     ]
+
+
+def test_several_threads_may_look_at_once(tmp_path, native):
+    path = tmp_path / "model.keras"
+    path.write_bytes(native)
+
+    def look(_):
+        archive._public.cache_clear()  # as each of a grid's models does that comes first
+        return archive.inspect(path).all
+
+    with ThreadPoolExecutor(8) as pool:
+        assert set(map(tuple, pool.map(look, range(200)))) == {()}
 
 
 def test_everyday_models_pass_and_name_nothing(tmp_path):
