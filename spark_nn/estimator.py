@@ -124,7 +124,7 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
             validationFraction=self.getValidationFraction(),
             seed=schedule.seed,
             shuffle=schedule.shuffle,
-            skip=self.getHandleInvalid() == "skip",
+            skip=self.getHandleInvalid() != "error",
         )
 
     def _schedule(self) -> Schedule:

@@ -19,13 +19,15 @@ from pyspark.sql import SparkSession
 
 from spark_nn.columns import Tensor
 from spark_nn.errors import ColumnError, ModelFileError, SparkNNError
-from spark_nn.evaluation import Evaluation, MeasureLoader, evaluate
 from spark_nn.export import Target
 from spark_nn.outputs import Output, Outputs, check_labels, columns_of
 from spark_nn.params import ModelParams
 from spark_nn.persistence import ModelFile
-from spark_nn.scoring import Loader, Scorer, score, ship
-from spark_nn.sql import sql_function
+from spark_nn.scoring.evaluation import Evaluation, MeasureLoader, evaluate
+from spark_nn.scoring.models import Loader
+from spark_nn.scoring.plan import score, ship
+from spark_nn.scoring.scorer import Scorer
+from spark_nn.scoring.sql import sql_function
 from spark_nn.stage import Stage
 from spark_nn.summary import TrainingSummary
 
@@ -152,7 +154,7 @@ class NeuralModel(Model, ModelParams, Stage):
             sha256=fitted.file.sha256,
             load=measurer,
             tensors=tensors,
-            skip=self.getHandleInvalid() == "skip",
+            skip=self.getHandleInvalid() != "error",
         )
         return evaluate(dataset, evaluation)
 
@@ -162,8 +164,8 @@ class NeuralModel(Model, ModelParams, Stage):
         Its arguments are the model's input columns, in the order of its params: that of `featuresCol`, or those of
         `inputCols`, or those of `inputs`. A Vector may come in place of an array, and the other way round. It returns
         a struct whose fields are named as the columns that ``transform`` would add, and hold the same, Vectors as
-        ``array<double>``. With ``handleInvalid="skip"`` the struct of a row that cannot be used is null (on Spark 4.0,
-        all of its fields are). The params count as they are now.
+        ``array<double>``. With `handleInvalid` ``"skip"`` or ``"keep"`` the struct of a row that cannot be used is null
+        (on Spark 4.0, all of its fields are). The params count as they are now.
 
         Returns
         -------
@@ -227,7 +229,8 @@ class NeuralModel(Model, ModelParams, Stage):
             inputs=inputs,
             outputs=self._outputs(),
             fields=tuple(self._outputColumns()),
-            skip=self.getHandleInvalid() == "skip",
+            invalid=self.getHandleInvalid(),  # type: ignore[arg-type]
+            rows=self.getPredictBatchSize() if self.isDefined("predictBatchSize") else None,
         )
 
     def _outputs(self) -> Outputs:

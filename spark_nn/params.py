@@ -78,9 +78,10 @@ class ModelParams(
     handleInvalid: Param[str] = param(
         "handleInvalid",
         "What to do with rows that cannot be used (null, NaN or infinite numbers, arrays of another length): 'error' "
-        "names the columns and the number of rows, 'skip' leaves the rows out: of training where an input, label or "
-        "weight cannot be used, of predictions where an input cannot.",
-        choice("handleInvalid", ("error", "skip")),
+        "names the columns and the number of rows; 'skip' leaves the rows out, of training where an input, label or "
+        "weight cannot be used, of predictions where an input cannot; 'keep' leaves them out of training too, and gives "
+        "them null predictions.",
+        choice("handleInvalid", ("error", "skip", "keep")),
     )
     outputKind: Param[Any] = param(
         "outputKind",
@@ -96,6 +97,12 @@ class ModelParams(
         "For outputs of kind 'binary': the prediction is 1 where the probability of class 1 is above it, else 0 "
         "(0 <= x <= 1).",
         number("threshold", low=0.0, high=1.0),
+    )
+    predictBatchSize: Param[int] = param(
+        "predictBatchSize",
+        "Rows that go through the model at once while it scores (>= 1). If it is not set, as many as keep what its "
+        "widest layer puts out in a core's cache, 32 to 4096.",
+        integer("predictBatchSize", low=1),
     )
     outputCols: Param[dict[str, str]] = param(
         "outputCols",
@@ -151,6 +158,14 @@ class ModelParams(
     def setThreshold(self: P, value: float) -> P:
         """Set :py:attr:`threshold`."""
         return self._set(threshold=value)
+
+    def getPredictBatchSize(self) -> int:
+        """Get :py:attr:`predictBatchSize`."""
+        return self.getOrDefault(self.predictBatchSize)
+
+    def setPredictBatchSize(self: P, value: int) -> P:
+        """Set :py:attr:`predictBatchSize`."""
+        return self._set(predictBatchSize=value)
 
     def getOutputCols(self) -> dict[str, str]:
         """Get :py:attr:`outputCols`."""

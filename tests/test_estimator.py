@@ -13,7 +13,7 @@ from pyspark.sql import functions as F
 
 from spark_nn.errors import ClusterError, ColumnError, DatasetError, ParamError, SparkNNError, StoreError
 from spark_nn.gang.launch import Gang
-from spark_nn.scoring import pandas_kind
+from spark_nn.scoring.udf import pandas_kind
 from spark_nn.store import RunDir
 from tests import toy
 from tests.toy import ToyEstimator, ToyModel
@@ -122,7 +122,7 @@ def test_an_unused_prediction_is_never_computed(spark, store):
 
 def test_the_pandas_udf_of_older_spark_gives_the_same(spark, store):
     from spark_nn.columns import expression, features
-    from spark_nn.scoring import Scorer
+    from spark_nn.scoring.scorer import Scorer
 
     df = data(spark, 300)
     fitted = (model := estimator(store).fit(df)).fitted

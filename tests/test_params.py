@@ -120,7 +120,7 @@ def test_tensors_have_the_names_that_the_model_knows():
         ({"metrics": "mae"}, "metrics takes a list, such as"),
         ({"metrics": [3]}, "metrics takes what keras.Model.compile takes"),
         ({"optimizer": ["adam"]}, "optimizer takes what keras.Model.compile takes"),
-        ({"handleInvalid": "keep"}, "handleInvalid='keep': must be one of 'error', 'skip'"),
+        ({"handleInvalid": "drop"}, "handleInvalid='drop': must be one of 'error', 'skip', 'keep'"),
     ],
 )
 def test_columns_weights_and_cache_are_checked(given, message):

@@ -137,16 +137,25 @@ def refuse(fs, times):
     fs.put_file = failing
 
 
-def load(path, cpus):
-    toy = Toy(np.load(path, allow_pickle=False))
-    return lambda block: toy.predict(block.astype(np.float64))[:, None]
+class ToyPredictor:
+    rows = 1000
+
+    def __init__(self, toy):
+        self.toy = toy
+
+    def __call__(self, inputs):
+        return self.toy.predict(inputs.astype(np.float64))[:, None]
+
+
+def load(path, share):
+    return ToyPredictor(Toy(np.load(path, allow_pickle=False)))
 
 
 class ToyMeasure:
     """Counts weighted squared errors."""
 
-    def __init__(self, path, cpus):
-        self.predict = load(path, cpus)
+    def __init__(self, path, share):
+        self.predict = load(path, share)
         self.sums = np.zeros(2)
 
     def reset(self):

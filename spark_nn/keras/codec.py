@@ -5,24 +5,19 @@ Nothing here unpickles, and Keras's own ``safe_mode`` stays on.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from spark_nn.errors import ModelFileError, ParamError, SparkNNError
+from spark_nn.errors import ModelFileError, ParamError
 from spark_nn.keras import archive
 from spark_nn.keras.customs import Customs, Find, require
-from spark_nn.keras.describe import by_name
+from spark_nn.scoring.models import Share
 
 SUFFIX = ".keras"
-_SLICE_BYTES = 16 << 20
 
 
 def is_model(value: Any) -> bool:
@@ -184,61 +179,6 @@ def check_saved(path: str | Path, what: str, find: Find, *, compiled: bool) -> N
     require(needed, find(needed), what, needed, ParamError)
 
 
-@contextlib.contextmanager
-def _stderr_muted() -> Iterator[None]:
-    """Keep native code from writing to standard error: TensorFlow greets there whatever its log level."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def start_tensorflow(cpus: int) -> None:
-    """Executor side: import Keras on TensorFlow, quietly, with as many threads as the task has cores.
-
-    Raises
-    ------
-    SparkNNError
-        The process has imported Keras on another backend before.
-    """
-    if "keras" not in sys.modules:
-        # The model's file does not depend on the backend, but what runs it here does.
-        os.environ["KERAS_BACKEND"] = "tensorflow"
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        with _stderr_muted():
-            import tensorflow as tf
-
-            tf.config.list_physical_devices()
-    import keras
-    import tensorflow as tf
-
-    if keras.backend.backend() != "tensorflow":
-        raise SparkNNError(
-            f"this Python worker has imported Keras on {keras.backend.backend()} before, and scoring needs it on "
-            "tensorflow: set KERAS_BACKEND=tensorflow for the executors (spark.executorEnv.KERAS_BACKEND)"
-        )
-    # TensorFlow takes its thread counts once per process: a worker that scores again keeps the first ones.
-    with contextlib.suppress(RuntimeError):
-        tf.config.threading.set_intra_op_parallelism_threads(cpus)
-        tf.config.threading.set_inter_op_parallelism_threads(cpus)
-
-
-def slices(arrays: Mapping[str, np.ndarray]) -> Iterator[slice]:
-    """Cut the rows of a model's inputs into what goes through it at once.
-
-    What a layer puts out may be a hundred times its input: images go through in smaller slices than rows of numbers.
-    """
-    total = len(next(iter(arrays.values())))
-    row = max(1, sum(array[:1].nbytes for array in arrays.values()))
-    rows = int(np.clip(_SLICE_BYTES // row, 32, 4096))
-    return (slice(start, start + rows) for start in range(0, total, rows))
-
-
 @dataclass(frozen=True)
 class CustomLoader:
     """Executor side: a loader for a model of custom objects; equal where they are, so that it loads once.
@@ -246,54 +186,14 @@ class CustomLoader:
     Parameters
     ----------
     load : callable
-        An importable function that takes the local path, the task's cores, and what finds custom objects by name.
+        An importable function that takes the local path, the task's share, and what finds custom objects by name.
     customs : Customs
         The custom objects.
     """
 
-    load: Callable[[str, int, Find], Any]
+    load: Callable[[str, Share, Find], Any]
     customs: Customs
 
-    def __call__(self, path: str, cpus: int) -> Any:
+    def __call__(self, path: str, share: Share) -> Any:
         """Load the model."""
-        return self.load(path, cpus, self.customs.find)
-
-
-def load_predictor(path: str, cpus: int, find: Find = nothing) -> Callable[[Any], Any]:
-    """Executor side of scoring: the function that predicts a block of rows.
-
-    Parameters
-    ----------
-    path : str
-        A local ``.keras`` file.
-    cpus : int
-        Cores of the task; TensorFlow gets as many threads.
-    find : callable
-        Finds custom objects by their names.
-
-    Returns
-    -------
-    callable
-        Takes an array of shape ``(rows,) + input shape``, returns one of shape ``(rows,) + output shape``; dicts of
-        such arrays by the model's names where there are several.
-    """
-    start_tensorflow(cpus)
-    import tensorflow as tf
-
-    model = load_model(path, find)
-
-    # Without autograph, which would leave generated files in the temporary directory: Keras layers need none.
-    @tf.function(reduce_retracing=True, autograph=False)  # type: ignore[untyped-decorator]
-    def forward(block: Any) -> Any:
-        return by_name(model, model(block, training=False))
-
-    def predict(inputs: Any) -> Any:
-        arrays = inputs if isinstance(inputs, dict) else {"": inputs}
-        pieces = []
-        for rows in slices(arrays):
-            part = {name: tf.convert_to_tensor(array[rows]) for name, array in arrays.items()}
-            pieces.append(forward(part if isinstance(inputs, dict) else part[""]))
-        outputs = {name: np.concatenate([each[name].numpy() for each in pieces]) for name in pieces[0]}
-        return outputs.get("", outputs)
-
-    return predict
+        return self.load(path, share, self.customs.find)

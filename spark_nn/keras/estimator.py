@@ -85,13 +85,16 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
     outputCols : dict, optional
         For models of several outputs: each output's name, and the column that its prediction goes to; an empty name
         leaves all columns of that output out.
+    predictBatchSize : int, optional
+        Rows that go through the fitted model at once while it scores (>= 1). Default: as many as keep what its widest
+        layer puts out in a core's cache, 32 to 4096.
     validationFraction : float, default 0.0
         Share of the rows held back to measure after every epoch.
     validationIndicatorCol : str, optional
         A boolean column that says which rows to hold back.
-    handleInvalid : {"error", "skip"}, default ``"error"``
+    handleInvalid : {"error", "skip", "keep"}, default ``"error"``
         Whether rows with null, NaN, infinite numbers or arrays of another length end the fit, or are left out. The
-        model does the same with rows that it scores.
+        model does the same with rows that it scores; with ``"keep"`` it gives them null predictions.
     classWeights : dict, optional
         How much the rows of each class count in the loss: class to weight, 1 for a class that is not named.
     epochs : int, default 1
@@ -188,6 +191,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         outputKind: str | dict[str, str] = "auto",
         threshold: float = 0.5,
         outputCols: dict[str, str] | None = None,
+        predictBatchSize: int | None = None,
         validationFraction: float = 0.0,
         validationIndicatorCol: str | None = None,
         handleInvalid: str = "error",
@@ -237,6 +241,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         outputKind: str | dict[str, str] = "auto",
         threshold: float = 0.5,
         outputCols: dict[str, str] | None = None,
+        predictBatchSize: int | None = None,
         validationFraction: float = 0.0,
         validationIndicatorCol: str | None = None,
         handleInvalid: str = "error",

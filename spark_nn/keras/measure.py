@@ -15,9 +15,10 @@ import numpy as np
 
 from spark_nn.columns import Arrays
 from spark_nn.errors import ModelFileError
-from spark_nn.keras import codec
+from spark_nn.keras import codec, predict
 from spark_nn.keras.customs import Find
 from spark_nn.keras.describe import by_name, other_reduction
+from spark_nn.scoring.models import Share
 
 _CURE = (
     "compile the native model (the property `model`) with what its file can hold, a loss and metrics by their names or "
@@ -41,15 +42,15 @@ def check_compiled(file: Path) -> None:
         raise ModelFileError(f"the model is not compiled, so there is no loss to evaluate: {_CURE}")
 
 
-def load_measure(path: str, cpus: int, find: Find = codec.nothing) -> KerasMeasure:
+def load_measure(path: str, share: Share, find: Find = codec.nothing) -> KerasMeasure:
     """The measure of a ``.keras`` file.
 
     Parameters
     ----------
     path : str
         A local file.
-    cpus : int
-        Cores of the task; TensorFlow gets as many threads.
+    share : Share
+        What it may use of the machine.
     find : callable
         Finds custom objects by their names.
 
@@ -58,9 +59,12 @@ def load_measure(path: str, cpus: int, find: Find = codec.nothing) -> KerasMeasu
     ModelFileError
         The file does not hold the loss or a metric, or the loss is not a mean over rows.
     """
-    codec.start_tensorflow(cpus)
+    device = predict.start_tensorflow(share)
+    import tensorflow as tf
+
     try:
-        model = codec.load_model(path, find, compiled=True)
+        with tf.device(device):
+            model = codec.load_model(path, find, compiled=True)
     except (TypeError, ValueError, ModelFileError) as error:
         raise ModelFileError(
             "the model's loss or one of its metrics is a function or class that its file does not hold: give it as "
@@ -72,7 +76,7 @@ def load_measure(path: str, cpus: int, find: Find = codec.nothing) -> KerasMeasu
             f"the model's loss {found}, and its value would depend on how the rows are partitioned: use "
             f"'sum_over_batch_size' (Keras's default). For that, {_CURE}"
         )
-    return KerasMeasure(model)
+    return KerasMeasure(model, device)
 
 
 class KerasMeasure:
@@ -82,10 +86,13 @@ class KerasMeasure:
     ----------
     model : keras.Model
         Compiled.
+    device : str
+        TensorFlow's name of the device to run it on.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, device: str) -> None:
         self._model = model
+        self._device = device
         self._graph: Any = None
         self._sizes: set[int] = set()
         self._outputs: tuple[str, ...] | None = None
@@ -99,16 +106,18 @@ class KerasMeasure:
 
     def add(self, inputs: Arrays, labels: Arrays, weights: np.ndarray | None) -> None:
         """Count rows."""
+        import tensorflow as tf
+
         from spark_nn.keras.tally import tally
 
-        self._prepare(inputs)
-        arrays = inputs if isinstance(inputs, dict) else {"": inputs}
-        total = len(next(iter(arrays.values())))
-        for rows in codec.slices(arrays):
-            data = [_tensors(inputs, rows), self._ordered(_tensors(labels, rows))]
-            if weights is not None:
-                data.append(_tensors(weights, rows))
-            self._step(min(rows.stop, total) - rows.start)(tuple(data))
+        total = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
+        with tf.device(self._device):
+            self._prepare(inputs)
+            for rows in predict.slices(self._model, total):
+                data = [_tensors(inputs, rows), self._ordered(_tensors(labels, rows))]
+                if weights is not None:
+                    data.append(_tensors(weights, rows))
+                self._step(min(rows.stop, total) - rows.start)(tuple(data))
         # Taken out as doubles, and often: what counts in single precision loses small numbers beside large ones.
         self._take(tally(self._model), 1)
         self._model.reset_metrics()

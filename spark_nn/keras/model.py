@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from spark_nn.errors import ModelFileError, ParamError
-from spark_nn.evaluation import MeasureLoader
-from spark_nn.keras import archive, codec, export, measure, pretrained
+from spark_nn.keras import archive, codec, export, measure, predict, pretrained
 from spark_nn.keras.customs import Customs, registered, require
 from spark_nn.keras.stages import LIBRARIES, HasCustomObjects
 from spark_nn.model import NeuralModel
 from spark_nn.persistence import ModelFile
-from spark_nn.scoring import Loader
+from spark_nn.scoring.evaluation import MeasureLoader
+from spark_nn.scoring.models import Loader
 
 
 class KerasModel(HasCustomObjects, NeuralModel):
@@ -87,7 +87,7 @@ class KerasModel(HasCustomObjects, NeuralModel):
 
     def _loader(self) -> Loader:
         customs = self._customs(compiled=False)
-        return codec.CustomLoader(codec.load_predictor, customs) if customs != Customs() else codec.load_predictor
+        return codec.CustomLoader(predict.load_predictor, customs) if customs != Customs() else predict.load_predictor
 
     def _measurer(self) -> MeasureLoader:
         measure.check_compiled(self.fitted.file.path)

@@ -53,6 +53,7 @@ VALUES = {
     "outputKind": "raw",
     "threshold": 0.75,
     "outputCols": {"out": "p"},
+    "predictBatchSize": 512,
     "customObjects": {"mlp": mlp},
     "failRank": 1,
     "stepSeconds": 0.5,

@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from spark_nn.columns import Tensor, quoted
 from spark_nn.errors import ColumnError, ParamError
-from spark_nn.scoring import Scorer, arrow_kind, frames_kind, nested, takes_arrow
+from spark_nn.scoring.scorer import Scorer
+from spark_nn.scoring.udf import arrow_kind, frames_kind, nested, takes_arrow
 
 # The fields of a Vector, as Arrow has them.
 _VECTOR = {"type": pa.int8(), "size": pa.int32(), "indices": pa.list_(pa.int32()), "values": pa.list_(pa.float64())}

@@ -29,7 +29,7 @@ from spark_nn.columns import (
     refuse_rows,
 )
 from spark_nn.errors import DatasetError, ModelFileError
-from spark_nn.scoring import fetched
+from spark_nn.scoring.models import Share, fetched
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
@@ -54,7 +54,7 @@ class Measure(Protocol):
         """The values of loss and metrics over all that was counted, as JSON can hold them."""
 
 
-MeasureLoader = Callable[[str, int], Measure]
+MeasureLoader = Callable[[str, Share], Measure]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Evaluation:
     sha256 : str
         Its digest.
     load : callable
-        The framework's loader: takes the local path and the task's cores, returns the :class:`Measure`. It must be
+        The framework's loader: takes the local path and the task's share, returns the :class:`Measure`. It must be
         importable; it raises `ModelFileError` where the file cannot be measured.
     tensors : tuple of Tensor
         The model's inputs, labels and weights.

@@ -1,0 +1,95 @@
+"""Driver side of scoring: one column UDF that runs the model and returns a struct, projected into the output columns.
+
+Because it is a column UDF and not a map over the rows, Spark prunes it where nothing reads a prediction, and
+every row stays with its own prediction whatever its source.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pyspark.ml.functions import array_to_vector
+from pyspark.sql import functions as F
+
+from spark_nn.columns import expression, quoted
+from spark_nn.errors import ColumnError
+from spark_nn.outputs import columns_of
+from spark_nn.scoring.scorer import USED, Scorer
+from spark_nn.scoring.udf import scorer_udf
+
+if TYPE_CHECKING:
+    from pyspark.sql import DataFrame, SparkSession
+
+
+def score(dataset: DataFrame, scorer: Scorer, columns: dict[str, str]) -> DataFrame:
+    """The DataFrame with the output columns added. Starts no job.
+
+    Parameters
+    ----------
+    dataset : pyspark.sql.DataFrame
+        What to score.
+    scorer : Scorer
+        What to score with.
+    columns : dict
+        The output columns' names, by the keys of the values they get.
+
+    Raises
+    ------
+    ColumnError
+        An output column is there already.
+    """
+    keys = columns_of(scorer.outputs)
+    taken = {name.lower() for name in dataset.columns}  # as Spark resolves names
+    for field, name in columns.items():
+        param = keys[field][0]
+        if name.lower() in taken:
+            raise ColumnError(f"{param}={name!r}: there already is such a column; rename or drop it, or set {param}")
+        taken.add(name.lower())
+    types = scorer.types()
+    skip = scorer.invalid == "skip"
+    declared = [f"{quoted(field)}:{types[field]}" for field in scorer.fields] + [f"{USED}:boolean"] * skip
+    scores = scorer_udf(scorer, f"struct<{','.join(declared)}>")(*(expression(tensor) for tensor in scorer.inputs))
+    held = f"spark_nn_{scorer.sha256[:16]}"
+    results = {}
+    for field, name in columns.items():
+        param, output = keys[field]
+        value = F.col(held)[field]
+        vector = scorer.outputs[output].vector(param)
+        # Spark's conversion of a null to a Vector fails.
+        results[name] = F.when(value.isNotNull(), array_to_vector(value)) if vector else value
+    scored = dataset.withColumn(held, scores)
+    if skip:
+        scored = scored.where(F.col(held)[USED])
+    return scored.withColumns(results).drop(held)
+
+
+def ship(spark: SparkSession, file: Path) -> str:
+    """Give a file to the session's executors; return the name they find it under.
+
+    Spark takes a name only once, offers the file to every executor that joins later, and forgets none. So the
+    file is kept until this process ends, once for each content, which its name tells.
+    """
+    kept = _shipping_folder() / file.name
+    if not kept.exists():
+        draft = kept.with_name(f"{uuid.uuid4().hex}.draft")
+        try:
+            os.link(file, draft)  # costs no disk, and outlives the original
+        except OSError:
+            shutil.copyfile(file, draft)
+        draft.replace(kept)  # two threads may get here at once, with the same content
+    spark.addArtifacts(str(kept), file=True)
+    return file.name
+
+
+@functools.cache
+def _shipping_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="spark_nn-model-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
