@@ -79,8 +79,8 @@ class ModelParams(
         "handleInvalid",
         "What to do with rows that cannot be used (null, NaN or infinite numbers, arrays of another length): 'error' "
         "names the columns and the number of rows; 'skip' leaves the rows out, of training where an input, label or "
-        "weight cannot be used, of predictions where an input cannot; 'keep' leaves them out of training too, and gives "
-        "them null predictions.",
+        "weight cannot be used, of predictions where an input cannot; 'keep' leaves them out of training too, and "
+        "predicts null for them.",
         choice("handleInvalid", ("error", "skip", "keep")),
     )
     outputKind: Param[Any] = param(
