@@ -56,7 +56,8 @@ class Scorer:
 
     def __call__(self, batches: Iterator[Sequence[pa.Array]]) -> Iterator[pa.StructArray]:
         """Score Arrow batches, each an array per input: a struct per row, in batches of the model's size."""
-        blocks = ahead(self._blocks(batches))
+        # Only read ahead: what is decoded goes through the model while the caches still hold it.
+        blocks = self._blocks(ahead(batches))
         first = next(blocks, None)
         if first is None:
             return  # without rows no model is needed
