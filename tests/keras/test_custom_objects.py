@@ -127,8 +127,13 @@ def test_a_model_of_them_is_loaded_once_per_python_worker(spark, store, tmp_path
     given = {"model": layers.counted, "modelParams": {"mark": str(mark)}, "loss": "mse"}
     model = estimator(store, customObjects={"Counted": layers.Counted}, epochs=1, **given).fit(df)
     mark.write_text("")
-    scores = [[row.prediction for row in each.transform(df).collect()] for each in (model, model, model.copy(), model)]
-    assert scores[0] == scores[1] == scores[2] == scores[3]
+    model.save(str(tmp_path / "model"))
+    loaded = KerasModel.load(str(tmp_path / "model"), customObjects={"Counted": layers.Counted})
+    asked = [model] * 7 + [model.copy(), loaded, loaded]
+    mark.write_text("")
+    scores = [[row.prediction for row in each.transform(df).collect()] for each in asked]
+    scores.append([row.p for row in df.select(model.udf()(*model.getInputCols()).prediction.alias("p")).collect()])
+    assert all(each == scores[0] for each in scores)
     pids = mark.read_text().split()
     assert pids
     assert len(pids) == len(set(pids))
