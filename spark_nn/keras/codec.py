@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from spark_nn.errors import ModelFileError, ParamError, SparkNNError
 from spark_nn.keras import archive
 from spark_nn.keras.customs import Customs, Find, require
 from spark_nn.keras.describe import by_name
+from spark_nn.slices import slices
 
 SUFFIX = ".keras"
-_SLICE_BYTES = 16 << 20
 
 
 def is_model(value: Any) -> bool:
@@ -226,17 +226,6 @@ def start_tensorflow(cpus: int) -> None:
     with contextlib.suppress(RuntimeError):
         tf.config.threading.set_intra_op_parallelism_threads(cpus)
         tf.config.threading.set_inter_op_parallelism_threads(cpus)
-
-
-def slices(arrays: Mapping[str, np.ndarray]) -> Iterator[slice]:
-    """Cut the rows of a model's inputs into what goes through it at once.
-
-    What a layer puts out may be a hundred times its input: images go through in smaller slices than rows of numbers.
-    """
-    total = len(next(iter(arrays.values())))
-    row = max(1, sum(array[:1].nbytes for array in arrays.values()))
-    rows = int(np.clip(_SLICE_BYTES // row, 32, 4096))
-    return (slice(start, start + rows) for start in range(0, total, rows))
 
 
 @dataclass(frozen=True)

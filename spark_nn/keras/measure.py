@@ -18,6 +18,7 @@ from spark_nn.errors import ModelFileError
 from spark_nn.keras import codec
 from spark_nn.keras.customs import Find
 from spark_nn.keras.describe import by_name, other_reduction
+from spark_nn.slices import slices
 
 _CURE = (
     "compile the native model (the property `model`) with what its file can hold, a loss and metrics by their names or "
@@ -104,7 +105,7 @@ class KerasMeasure:
         self._prepare(inputs)
         arrays = inputs if isinstance(inputs, dict) else {"": inputs}
         total = len(next(iter(arrays.values())))
-        for rows in codec.slices(arrays):
+        for rows in slices(arrays):
             data = [_tensors(inputs, rows), self._ordered(_tensors(labels, rows))]
             if weights is not None:
                 data.append(_tensors(weights, rows))

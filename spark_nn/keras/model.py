@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from spark_nn.errors import ModelFileError, ParamError
+from spark_nn.errors import ModelFileError
 from spark_nn.evaluation import MeasureLoader
 from spark_nn.keras import archive, codec, export, measure, pretrained
 from spark_nn.keras.customs import Customs, registered, require
@@ -61,11 +61,7 @@ class KerasModel(HasCustomObjects, NeuralModel):
         --------
         >>> KerasModel.fromKeras(native, featuresCol="image").transform(images)  # doctest: +SKIP
         """
-        made = cls()
-        if unknown := [name for name in params if not made.hasParam(name)]:
-            known = ", ".join(param.name for param in made.params)
-            raise ParamError(f"a {cls.__name__} has no param {unknown[0]!r}: it has {known}")
-        made._set(**{name: value for name, value in params.items() if value is not None})
+        made = cls._withParams(params)
         made._fitted = pretrained.describe(model, made.inputColumns(), made._known)
         made._outputs()  # refuses params that do not suit them
         return made

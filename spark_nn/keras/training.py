@@ -5,17 +5,14 @@ The driver imports this module to describe the training; Keras and TensorFlow ar
 
 from __future__ import annotations
 
-import contextlib
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-
+from spark_nn.chance import random_numbers_kept
 from spark_nn.checkpoint import Checkpoints, Place
 from spark_nn.columns import Tensor
 from spark_nn.dataset import petastorm_compat
@@ -30,6 +27,7 @@ from spark_nn.keras.feed import Feed
 from spark_nn.keras.names import check_name
 from spark_nn.keras.pace import steps_per_execution
 from spark_nn.outputs import Choice, Output
+from spark_nn.report import Report
 from spark_nn.trainer import Schedule, Trained, Trainer, check_digests, publish
 
 # Where the driver leaves a model instance for the ranks, and the fitted model to go on from.
@@ -113,7 +111,7 @@ class KerasTrainer(Trainer):
         import keras
 
         from spark_nn.keras import native
-        from spark_nn.keras.callbacks import Report, Session, chosen
+        from spark_nn.keras.callbacks import Reporting, Session, chosen
         from spark_nn.keras.resume import Keeper
         from spark_nn.keras.sync import Synchroniser
 
@@ -123,7 +121,7 @@ class KerasTrainer(Trainer):
         keras.utils.set_random_seed(self.schedule.seed % 2**32)
         example = Feed(data).example()
         model, put_out = self._build(gang, example, manifest.role("features"))
-        with _random_numbers_kept():
+        with random_numbers_kept():
             before = _fetched(gang, INITIAL_MODEL, self.recipe.customs) if self.recipe.continued else None
         if before is not None:
             _take_weights(model, before)
@@ -134,7 +132,7 @@ class KerasTrainer(Trainer):
         self.recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
         order = tuple(outputs) if isinstance(put_out, (list, tuple)) and len(outputs) > 1 else None
         feed = Feed(data, self.schedule.classWeights, order)
-        with _random_numbers_kept():
+        with random_numbers_kept():
             if gang.rank == 0:
                 codec.check_loadable(model, self.recipe.customs)
         own, watched = chosen(self.recipe.callbacks, gang, validation is not None)
@@ -151,7 +149,7 @@ class KerasTrainer(Trainer):
         gang.progress.update(phase="trace")
         report = Report(gang.progress, self.schedule.epochs, data.steps, data.rows * gang.world, place)
         session = Session(
-            [sync.callback(), feed.callback(), *own, report, keeper],
+            [sync.callback(), feed.callback(), *own, Reporting(report), keeper],
             model,
             kept=own,
             epochs=self.schedule.epochs,
@@ -262,17 +260,6 @@ def prepare() -> None:
     import spark_nn.keras.sync  # noqa: F401
 
     petastorm_compat.load()
-
-
-@contextlib.contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    """Let the block draw no random numbers: a model that is loaded does, and ranks must go on alike."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def _fetched(gang: GangContext, name: str, customs: Customs) -> Any:
