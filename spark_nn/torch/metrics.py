@@ -39,7 +39,7 @@ class Tally:
     def __init__(self, metrics: Any, outputs: Outputs, device: Any) -> None:
         self._outputs = outputs
         self._metrics = {
-            name: _Mean(each) if not isinstance(each, torchmetrics.Metric) else each.to(device)
+            name: (each if isinstance(each, torchmetrics.Metric) else _Mean(each)).to(device)
             for name, each in made(metrics, outputs).items()
         }
         # A number of this process's where it can be read at once, and a tensor where reading waits for the device.
@@ -118,7 +118,7 @@ class Tally:
         return values
 
 
-class _Mean(torchmetrics.MeanMetric):  # type: ignore[misc]
+class _Mean(torchmetrics.Metric):  # type: ignore[misc]
     """The mean over rows of a function that gives that of some rows.
 
     Parameters
@@ -127,14 +127,21 @@ class _Mean(torchmetrics.MeanMetric):  # type: ignore[misc]
         Takes what was predicted and the labels.
     """
 
+    full_state_update = False
+
     def __init__(self, function: Callable[[Any, Any], Any]) -> None:
-        super().__init__(nan_strategy="disable")
-        self.set_dtype(torch.float64)
+        super().__init__()
         self.function = function
+        for name in ("total", "rows"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), "sum")
 
     def update(self, preds: Any, labels: Any) -> None:
         rows = len(next(iter(preds.values())) if isinstance(preds, dict) else preds)
-        super().update(torch.as_tensor(self.function(preds, labels)).double(), float(rows))
+        self.total += torch.as_tensor(self.function(preds, labels)).double() * rows
+        self.rows += rows
+
+    def compute(self) -> Any:
+        return self.total / self.rows
 
 
 def made(given: Any, outputs: Outputs) -> dict[str, Any]:

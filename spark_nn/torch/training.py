@@ -132,7 +132,7 @@ class TorchTrainer(Trainer):
         criterion = losses.Criterion(recipe.blueprint.loss)
         criterion.to(device)
         optimizer = _optimizer(recipe, module)
-        scheduler = None if recipe.lrScheduler is None else recipe.lrScheduler(optimizer)
+        scheduler = _scheduler(recipe, optimizer)
         tally = Tally(recipe.blueprint.metrics, described, device)
         scaler = torch.amp.GradScaler(device.type) if recipe.mixedPrecision == "fp16" else None
         parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
@@ -253,6 +253,25 @@ def _optimizer(recipe: Recipe, module: Any) -> Any:
         for group in optimizer.param_groups:
             group["lr"] = recipe.learningRate
     return optimizer
+
+
+def _scheduler(recipe: Recipe, optimizer: Any) -> Any:
+    """What turns the optimizer's learning rate, if anything does."""
+    import torch
+
+    if recipe.lrScheduler is None:
+        return None
+    scheduler = recipe.lrScheduler(optimizer)
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler):
+        raise ParamError(
+            f"lrScheduler={recipe.lrScheduler!r} returned {scheduler!r}: it must be one of torch.optim.lr_scheduler"
+        )
+    by_metric = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    if by_metric and recipe.lrSchedulerInterval == "step":
+        raise ParamError(
+            "lrSchedulerInterval='step', and ReduceLROnPlateau makes its step by epoch, by the loss: set 'epoch'"
+        )
+    return scheduler
 
 
 def _check_precision(precision: Precision, device: str) -> None:
