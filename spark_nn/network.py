@@ -10,6 +10,7 @@ from pyspark.ml.param import Param, Params
 
 from spark_nn.converters import param, plain_dict
 from spark_nn.errors import ParamError
+from spark_nn.model import NeuralModel
 
 E = TypeVar("E", bound="NetworkParams")
 
@@ -21,6 +22,7 @@ class NetworkParams(Params):
     optimizer: Param[Any]
     loss: Param[Any]
     metrics: Param[Any]
+    initialModel: Param[Any]
     modelParams: Param[dict[str, Any]] = param(
         "modelParams",
         "Keyword arguments of the function given as model, as a dict of numbers, strings, lists and dicts.",
@@ -71,9 +73,55 @@ class NetworkParams(Params):
         """Set :py:attr:`metrics`."""
         return self._set(metrics=value)
 
+    def getInitialModel(self) -> Any:
+        """Get :py:attr:`initialModel`."""
+        return self.getOrDefault(self.initialModel)
+
+    def setInitialModel(self: E, value: Any) -> E:
+        """Set :py:attr:`initialModel`."""
+        return self._set(initialModel=value)
+
     def _ifGiven(self, name: str) -> Any:
         """A param's value, None where there is none."""
         return self.getOrDefault(name) if self.isDefined(name) else None
+
+
+def fitted(kind: type[NeuralModel]) -> Callable[[Any], Any]:
+    """Converter of the param `initialModel`: lets fitted models of a class through."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise TypeError(f"initialModel takes a fitted {kind.__name__}, not {value!r} ({type(value).__name__})")
+        value.fitted  # noqa: B018  (refuses an empty one)
+        return value
+
+    return convert
+
+
+def check_network(model: Any, before: Any, arguments: Mapping[str, Any], kind: str) -> None:
+    """Refuse to train without a network, and arguments where there is no function.
+
+    Parameters
+    ----------
+    model, before : object or None
+        The params model and initialModel.
+    arguments : mapping
+        The param modelParams.
+    kind : str
+        The class of the framework's networks.
+
+    Raises
+    ------
+    ParamError
+        There is neither, or there are arguments without a function.
+    """
+    if model is None and before is None:
+        raise ParamError(f"model is not set: give a {kind}, or a function that returns one")
+    if model is None and arguments:
+        raise ParamError(
+            f"modelParams={dict(arguments)!r} are arguments of a function, and model is not set: set it, or leave "
+            "modelParams out, to go on with initialModel's own network"
+        )
 
 
 def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spark_nn.checkpoint import Place
 from spark_nn.gang.progress import Reporter
+from spark_nn.trainer import Trained
 
 
 class Report:
@@ -66,3 +67,31 @@ class Report:
             history.setdefault(name, []).append(value)
         seconds = [*self.progress.state.seconds, spent]
         self.progress.update(history=history, seconds=seconds, phase="training")
+
+    def trained(self, file: str, sha256: str, outputs: dict[str, dict[str, Any]], clock: Sequence[float]) -> Trained:
+        """What the training gave.
+
+        Parameters
+        ----------
+        file, sha256, outputs : object
+            See :class:`~spark_nn.trainer.Trained`.
+        clock : sequence of float
+            By the monotonic clock, when the worker began, had imported, built, and trained.
+        """
+        began, imported, built, trained = clock
+        traced = self.first_batch or trained
+        return Trained(
+            file=file,
+            sha256=sha256,
+            outputs=outputs,
+            history=self.progress.state.history,
+            rowsPerSecond=self.progress.state.rowsPerSecond,
+            epochSeconds=self.progress.state.seconds,
+            seconds={
+                "import": imported - began,
+                "build": built - imported,
+                "trace": traced - built,
+                "train": trained - traced,
+                "publish": time.monotonic() - trained,
+            },
+        )

@@ -19,7 +19,7 @@ from spark_nn.keras.names import check_name
 from spark_nn.keras.params import KerasParams
 from spark_nn.keras.stages import LIBRARIES
 from spark_nn.keras.training import INITIAL_MODEL, MODEL, KerasTrainer, Recipe
-from spark_nn.network import check_arguments, refuse_arguments
+from spark_nn.network import check_arguments, check_network, refuse_arguments
 from spark_nn.persistence import ModelFile
 from spark_nn.store import RunDir
 from spark_nn.summary import TrainingSummary
@@ -264,15 +264,9 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
 
     def _check(self) -> None:
         self._checkSettings()
+        check_network(self._ifGiven("model"), self._ifGiven("initialModel"), self.getModelParams(), "keras.Model")
         if not self.isDefined("model"):
-            if self.isDefined("initialModel"):
-                if self.getModelParams():
-                    raise ParamError(
-                        f"modelParams={self.getModelParams()!r} are arguments of a function, and model is not set: set "
-                        "it, or leave modelParams out, to go on with initialModel's own network"
-                    )
-                return
-            raise ParamError("model is not set: give a keras.Model, or a function that returns one")
+            return
         model = self.getModel()
         if not codec.is_model(model):
             check_arguments(model, self.getModelParams())

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from spark_nn.errors import ModelFileError
 from spark_nn.evaluation import MeasureLoader
+from spark_nn.export import check_format
 from spark_nn.keras import archive, codec, export, measure, pretrained
 from spark_nn.keras.customs import Customs, registered, require
 from spark_nn.keras.stages import LIBRARIES, HasCustomObjects
@@ -91,7 +92,7 @@ class KerasModel(HasCustomObjects, NeuralModel):
         return codec.CustomLoader(measure.load_measure, customs) if customs != Customs() else measure.load_measure
 
     def _exporter(self, format: str) -> Callable[[Path], None]:
-        export.check_format(format)
+        check_format(format, export.FORMATS, export.PACKAGES, export.CURE)
         fitted = self.fitted
         return functools.partial(export.write, fitted.file.path, fitted.inputs, format, self._known)
 

@@ -11,7 +11,7 @@ from spark_nn.converters import loss_weights, param
 from spark_nn.keras import codec
 from spark_nn.keras.model import KerasModel
 from spark_nn.keras.stages import HasCustomObjects
-from spark_nn.network import NetworkParams
+from spark_nn.network import NetworkParams, fitted
 
 E = TypeVar("E", bound="KerasParams")
 
@@ -21,13 +21,6 @@ def _model(value: Any) -> Any:
         raise TypeError(
             f"model takes a keras.Model or a function that returns one, not {value!r} ({type(value).__name__})"
         )
-    return value
-
-
-def _fitted(value: Any) -> Any:
-    if not isinstance(value, KerasModel):
-        raise TypeError(f"initialModel takes a fitted KerasModel, not {value!r} ({type(value).__name__})")
-    value.fitted  # noqa: B018  (refuses an empty one)
     return value
 
 
@@ -115,7 +108,7 @@ class KerasParams(HasCustomObjects, NetworkParams):
         "initialModel",
         "A fitted KerasModel to go on from: training begins with its weights, and with the state of its optimizer "
         "where that is of the same kind. The param model must then give a network of the same layers, or be left out.",
-        _fitted,
+        fitted(KerasModel),
     )
     callbacks: Param[Any] = param(
         "callbacks",
@@ -123,15 +116,6 @@ class KerasParams(HasCustomObjects, NetworkParams):
         "ModelCheckpoint, CSVLogger, TensorBoard and RemoteMonitor on the first alone.",
         _callbacks,
     )
-
-    def getInitialModel(self) -> KerasModel:
-        """Get :py:attr:`initialModel`."""
-        model: KerasModel = self.getOrDefault(self.initialModel)
-        return model
-
-    def setInitialModel(self: E, value: KerasModel) -> E:
-        """Set :py:attr:`initialModel`."""
-        return self._set(initialModel=value)
 
     def getLossWeights(self) -> Any:
         """Get :py:attr:`lossWeights`."""

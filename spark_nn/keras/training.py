@@ -28,7 +28,7 @@ from spark_nn.keras.names import check_name
 from spark_nn.keras.pace import steps_per_execution
 from spark_nn.outputs import Choice, Output
 from spark_nn.report import Report
-from spark_nn.trainer import Schedule, Trained, Trainer, check_digests, publish
+from spark_nn.trainer import Schedule, Trained, Trainer, check_digests, misfit, publish
 
 # Where the driver leaves a model instance for the ranks, and the fitted model to go on from.
 MODEL = "given.keras"
@@ -174,23 +174,7 @@ class KerasTrainer(Trainer):
         clock.append(time.monotonic())
         gang.progress.update(phase="publish")
         file, sha256 = publish(gang, model.save, codec.SUFFIX) if gang.rank == 0 else ("", "")
-        began, imported, built, trained = clock
-        traced = report.first_batch or trained
-        return Trained(
-            file=file,
-            sha256=sha256,
-            outputs=outputs,
-            history=gang.progress.state.history,
-            rowsPerSecond=gang.progress.state.rowsPerSecond,
-            epochSeconds=gang.progress.state.seconds,
-            seconds={
-                "import": imported - began,
-                "build": built - imported,
-                "trace": traced - built,
-                "train": trained - traced,
-                "publish": time.monotonic() - trained,
-            },
-        )
+        return report.trained(file, sha256, outputs, clock)
 
     def _build(self, gang: GangContext, example: Any, inputs: Sequence[Tensor]) -> tuple[Any, Any]:
         """The model, built, and what it puts out for one row of its input."""
@@ -204,15 +188,7 @@ class KerasTrainer(Trainer):
         try:
             return model, model(example, training=False)  # which builds what is not built yet
         except Exception as error:
-            described = ", ".join(
-                f"{each.key or 'the input'}: {each.dtype} {each.shape} from {', '.join(each.columns)}"
-                for each in inputs
-            )
-            raise ParamError(
-                f"the model does not take the input that the columns make ({described}; the shape is that of a row). "
-                "The param inputs must name each of the model's inputs as the model does. "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            raise misfit(inputs, "each of the model's inputs as the model does", error) from error
 
     def _compile(self, model: Any, world: int) -> None:
         """Compile with the params that were given; the model's own settings hold for the others."""

@@ -7,17 +7,16 @@ does, during it.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
 from spark_nn.errors import CollectiveError
-from spark_nn.gang.collective import Average, Collective
+from spark_nn.gang.collective import Average, Collective, Engine, engine_for
 from spark_nn.torch import codec, rendezvous
-
-Engine = Literal["auto", "ring", "native"]
 
 
 class Averager:
@@ -125,13 +124,16 @@ class NativeAverager(Averager):
 
     def __init__(self, module: Any, collective: Collective, inputs: Any) -> None:
         super().__init__(module, collective)
-        # Buffers stay a rank's own until the epoch ends, as with the ring.
-        self.forward = torch.nn.parallel.DistributedDataParallel(
-            module,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=_unused(module, inputs),
-        )
+        with warnings.catch_warnings():
+            # The newest release has another name for the setting, which the ones before do not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            # Buffers stay a rank's own until the epoch ends, as with the ring.
+            self.forward = torch.nn.parallel.DistributedDataParallel(
+                module,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=_unused(module, inputs),
+            )
 
     def average(self) -> None:
         """See :meth:`Averager.average`: it is done."""
@@ -175,7 +177,7 @@ def averager(
         return
     here = any(each.device.type == "cuda" for each in module.parameters())
     everywhere = [int(each) for each in collective.all_gather(b"%d" % here)]
-    if engine == "ring" or (engine == "auto" and not all(everywhere)):
+    if engine_for(engine, everywhere) == "ring":
         yield Averager(module, collective)
         return
     with rendezvous.joined(collective, host, timeout, "nccl" if all(everywhere) else "gloo"):

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pyspark import keyword_only
 
 from spark_nn.dataset.manifest import Manifest
 from spark_nn.errors import ParamError
 from spark_nn.estimator import NeuralEstimator
-from spark_nn.network import check_arguments, refuse_arguments
+from spark_nn.network import check_arguments, check_network, refuse_arguments
 from spark_nn.persistence import ModelFile
 from spark_nn.store import RunDir
 from spark_nn.summary import TrainingSummary
 from spark_nn.torch import codec
 from spark_nn.torch.blueprint import Blueprint, is_module, skeleton_of
 from spark_nn.torch.losses import check_loss
-from spark_nn.torch.model import LIBRARIES, TorchModel
+from spark_nn.torch.model import TorchModel
 from spark_nn.torch.params import TorchParams
+from spark_nn.torch.stages import LIBRARIES
 from spark_nn.torch.training import WEIGHTS, Recipe, TorchTrainer
 from spark_nn.trainer import Schedule, Trained
 
 E = TypeVar("E", bound="TorchEstimator")
+_INITIAL_FILE = f"initial{codec.SUFFIX}"
 
 
 class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
@@ -42,6 +45,9 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         `labels`, a dict of tensors by the outputs' names.
     modelParams : dict, optional
         Keyword arguments of that function; numbers, strings, lists and dicts only.
+    initialModel : TorchModel, optional
+        A fitted model to go on from: training begins with its weights. `model` must then give a network of the same
+        layers, or be left out.
     loss : str, torch.nn.Module, callable, or dict of them by the outputs' names
         A name of ``torch.nn.functional``, such as ``"mse_loss"``, ``"cross_entropy"`` or
         ``"binary_cross_entropy_with_logits"``; a module; or a function ``(output, target)`` that returns the mean over
@@ -120,6 +126,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         *,
         model: Any = None,
         modelParams: dict[str, Any] | None = None,
+        initialModel: TorchModel | None = None,
         loss: Any = None,
         optimizer: Any = "adam",
         learningRate: float | None = None,
@@ -172,6 +179,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         *,
         model: Any = None,
         modelParams: dict[str, Any] | None = None,
+        initialModel: TorchModel | None = None,
         loss: Any = None,
         optimizer: Any = "adam",
         learningRate: float | None = None,
@@ -220,17 +228,14 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         return self._set(**{name: value for name, value in self._input_kwargs.items() if value is not None})
 
     def _check(self) -> None:
-        for name, cure in (
-            ("model", "give a torch.nn.Module, or a function that returns one"),
-            ("loss", "give one, such as 'mse_loss' or 'binary_cross_entropy_with_logits'"),
-        ):
-            if not self.isDefined(name):
-                raise ParamError(f"{name} is not set: {cure}")
-        model = self.getModel()
+        model = self._ifGiven("model")
+        check_network(model, self._ifGiven("initialModel"), self.getModelParams(), "torch.nn.Module")
+        if not self.isDefined("loss"):
+            raise ParamError("loss is not set: give one, such as 'mse_loss' or 'binary_cross_entropy_with_logits'")
         if is_module(model):
             refuse_arguments(model, self.getModelParams())
             codec.check_shaped(model)
-        else:
+        elif model is not None:
             check_arguments(model, self.getModelParams())
         if self.getMixedPrecision() == "fp16" and self.isDefined("useGpu") and not self.getUseGpu():
             raise ParamError("mixedPrecision='fp16' with useGpu=False: halves need GPUs; use 'bf16'")
@@ -239,14 +244,24 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
 
     def _trainer(self, schedule: Schedule, run: RunDir) -> TorchTrainer:
         given = self._ifGiven
-        blueprint = self._blueprint()
-        if blueprint.skeleton is not None:
+        blueprint, before = self._blueprint(), given("initialModel")
+        left: Literal["model", "initialModel"] | None = None
+        if before is not None:
+            left = "initialModel"
+            run.put(before.fitted.file.path, WEIGHTS)
+        elif blueprint.skeleton is not None:
+            left = "model"
             with TemporaryDirectory(prefix="spark_nn-") as folder:
                 local = Path(folder) / WEIGHTS
                 codec.save(self.getModel(), local)
                 run.put(local, WEIGHTS)
         recipe = Recipe(
             blueprint=blueprint,
+            weights=None
+            if before is None and blueprint.skeleton is None
+            else "model"
+            if before is None
+            else "initialModel",
             optimizer=self.getOptimizer(),
             optimizerParams=self.getOptimizerParams(),
             learningRate=given("learningRate"),
@@ -262,7 +277,10 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         return TorchTrainer(schedule, recipe)
 
     def _blueprint(self) -> Blueprint:
-        model = self.getModel()
+        model = self._ifGiven("model")
+        if model is None:
+            before = self.getInitialModel()._made()
+            return replace(before, loss=self.getLoss(), metrics=self._ifGiven("metrics"))
         instance = is_module(model)
         return Blueprint(
             function=None if instance else model,
@@ -279,3 +297,20 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         model = super()._modelOf(trained, file, manifest, summary)
         model._blueprint = self._blueprint()
         return model
+
+    def _savedFiles(self) -> dict[str, ModelFile]:
+        return {_INITIAL_FILE: self.getInitialModel().fitted.file} if self.isDefined("initialModel") else {}
+
+    def _savedMetadata(self) -> dict[str, Any]:
+        return {"initialModel": self.getInitialModel()._savedMetadata()} if self.isDefined("initialModel") else {}
+
+    def _unsavedParams(self) -> set[str]:
+        return {"initialModel"}
+
+    def _loadSaved(self, metadata: dict[str, Any], files: dict[str, ModelFile]) -> None:
+        if files:
+            before = TorchModel()
+            if self.isDefined("model"):
+                before._blueprint = self._blueprint()  # of the same layers
+            before._loadSaved(metadata["initialModel"], files)
+            self._set(initialModel=before)

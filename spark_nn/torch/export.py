@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 
-from spark_nn.errors import ParamError
 from spark_nn.torch import codec
 from spark_nn.torch.blueprint import Blueprint, Specs
 
 FORMATS = ("safetensors", "onnx")
 # What PyTorch's exporter imports.
-_NEEDED = ("onnx", "onnxscript")
-
-
-def check_format(format: str) -> None:
-    """Refuse a format that cannot be written here, before anything is done.
-
-    Raises
-    ------
-    ParamError
-        The format is unknown, or a package that it needs is missing.
-    """
-    if format not in FORMATS:
-        raise ParamError(f"format={format!r}: must be one of {', '.join(map(repr, FORMATS))}")
-    if format == "onnx" and (missing := [each for each in _NEEDED if not importlib.util.find_spec(each)]):
-        raise ParamError(f"format='onnx' needs {' and '.join(missing)}, which is not installed here: pip install it")
+PACKAGES = {"onnx": ("onnx", "onnxscript")}
+CURE = "pip install onnx onnxscript"
 
 
 def write(file: Path, blueprint: Blueprint, specs: Specs, format: str, target: Path) -> None:

@@ -11,17 +11,15 @@ from typing import Any, ClassVar, TypeVar
 from spark_nn.allowed import MODULES_CONF, allowed_modules, from_allowed, within
 from spark_nn.errors import ModelFileError
 from spark_nn.evaluation import MeasureLoader
+from spark_nn.export import check_format
 from spark_nn.model import NeuralModel
 from spark_nn.persistence import ModelFile, StageReader
 from spark_nn.scoring import Loader
-from spark_nn.stage import Stage
 from spark_nn.torch import codec, export, measure, pretrained
 from spark_nn.torch.blueprint import Blueprint, BlueprintLoader, Specs, is_module, skeleton_of
-from spark_nn.torch.params import TorchColumns
+from spark_nn.torch.stages import LIBRARIES, TorchColumns
 
 M = TypeVar("M", bound="TorchModel")
-# Distributions whose versions are noted in what is saved.
-LIBRARIES = (*Stage.libraries, "torch", "safetensors")
 _CURE = (
     "give what returns the network, TorchModel.load(path, model=build), or, where load is called for you, as by "
     f"PipelineModel.load, name the function's module in the Spark conf {MODULES_CONF}, if you trust it"
@@ -162,7 +160,7 @@ class TorchModel(TorchColumns, NeuralModel):
         return {name: output.toDict() for name, output in self._outputs().items()}
 
     def _exporter(self, format: str) -> Callable[[Path], None]:
-        export.check_format(format)
+        check_format(format, export.FORMATS, export.PACKAGES, export.CURE)
         return functools.partial(export.write, self.fitted.file.path, self._made(), self._specs(), format)
 
     def _savedMetadata(self) -> dict[str, Any]:

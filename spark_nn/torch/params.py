@@ -6,14 +6,12 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pyspark.ml.param import Param
-from pyspark.sql.types import StructType
 
-from spark_nn.columns import Tensor
 from spark_nn.converters import choice, number, param, plain_dict
-from spark_nn.errors import ColumnError
-from spark_nn.network import NetworkParams
-from spark_nn.params import ModelParams
+from spark_nn.network import NetworkParams, fitted
 from spark_nn.torch.blueprint import is_module
+from spark_nn.torch.model import TorchModel
+from spark_nn.torch.stages import TorchColumns
 
 E = TypeVar("E", bound="TorchParams")
 
@@ -62,27 +60,6 @@ def _metrics(value: Any) -> Any:
     return {str(key): one(each) for key, each in value.items()} if isinstance(value, dict) else list(map(one, value))
 
 
-class TorchColumns(ModelParams):
-    """A stage whose network takes what PyTorch has tensors of."""
-
-    def inputTensors(self, schema: StructType) -> tuple[Tensor, ...]:
-        """The model's inputs, as the DataFrame's columns make them.
-
-        Raises
-        ------
-        ColumnError
-            A column is missing, or of a type that cannot become a tensor, strings among them.
-        """
-        tensors = super().inputTensors(schema)
-        for tensor in tensors:
-            if not tensor.numeric:
-                raise ColumnError(
-                    f"column {tensor.columns[0]!r} holds {tensor.dtype} values, and PyTorch has no tensors of them: "
-                    "make numbers of them before, as StringIndexer does"
-                )
-        return tensors
-
-
 class TorchParams(TorchColumns, NetworkParams):
     """What to train, and how."""
 
@@ -92,6 +69,12 @@ class TorchParams(TorchColumns, NetworkParams):
         "worker with modelParams. Several inputs come as keyword arguments of its forward; it returns a tensor, or a "
         "dict of tensors by the outputs' names.",
         _model,
+    )
+    initialModel: Param[Any] = param(
+        "initialModel",
+        "A fitted TorchModel to go on from: training begins with its weights. The param model must then give a network "
+        "of the same layers, or be left out.",
+        fitted(TorchModel),
     )
     optimizer: Param[Any] = param(
         "optimizer",

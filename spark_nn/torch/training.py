@@ -27,9 +27,9 @@ from spark_nn.outputs import Choice, Output, check_labels
 from spark_nn.report import Report
 from spark_nn.torch import codec, losses
 from spark_nn.torch.blueprint import Blueprint, Specs
-from spark_nn.trainer import Schedule, Trained, Trainer, check_digests, publish
+from spark_nn.trainer import Schedule, Trained, Trainer, check_digests, misfit, publish
 
-# Where the driver leaves the weights of a module that was given.
+# Where the driver leaves the weights to begin with.
 WEIGHTS = "given.safetensors"
 Precision = Literal["no", "bf16", "fp16"]
 
@@ -42,6 +42,8 @@ class Recipe:
     ----------
     blueprint : Blueprint
         What makes the network, with the loss and the metrics.
+    weights : {"model", "initialModel"} or None
+        The param whose weights the driver left in the run directory, if any.
     optimizer : str or callable
         Name or class of an optimizer of PyTorch's, or a function of the parameters.
     optimizerParams : dict
@@ -65,6 +67,7 @@ class Recipe:
     """
 
     blueprint: Blueprint
+    weights: Literal["model", "initialModel"] | None
     optimizer: Any
     optimizerParams: dict[str, Any]
     learningRate: float | None
@@ -168,48 +171,24 @@ class TorchTrainer(Trainer):
         gang.progress.update(phase="publish")
         write = functools.partial(codec.save, module, inputs=feed.specs)
         file, sha256 = publish(gang, write, codec.SUFFIX) if gang.rank == 0 else ("", "")
-        began, imported, built, trained = clock
-        traced = report.first_batch or trained
-        return Trained(
-            file=file,
-            sha256=sha256,
-            outputs=outputs,
-            history=gang.progress.state.history,
-            rowsPerSecond=gang.progress.state.rowsPerSecond,
-            epochSeconds=gang.progress.state.seconds,
-            seconds={
-                "import": imported - began,
-                "build": built - imported,
-                "trace": traced - built,
-                "train": trained - traced,
-                "publish": time.monotonic() - trained,
-            },
-        )
+        return report.trained(file, sha256, outputs, clock)
 
     def _build(self, gang: GangContext, specs: Specs, inputs: tuple[Tensor, ...]) -> tuple[Any, Any]:
         """The network with its first weights, and what it puts out for one row of its input."""
         module = self.recipe.blueprint.build()
         try:
             codec.settle(module, specs)
-            if self.recipe.blueprint.skeleton is not None:
+            if self.recipe.weights is not None:
                 # safetensors reads a local path only.
                 with NamedTemporaryFile(suffix=codec.SUFFIX) as local:
                     gang.run.get(WEIGHTS, Path(local.name))
                     tensors, _ = codec.read(local.name)
-                codec.fill(module, tensors, "the model")
+                codec.fill(module, tensors, self.recipe.weights)
             training = module.training
             put_out = codec.by_name(codec.forward(module.eval(), codec.example(specs)))
             module.train(training)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
-            described = ", ".join(
-                f"{each.key or 'the input'}: {each.dtype} {each.shape} from {', '.join(each.columns)}"
-                for each in inputs
-            )
-            raise ParamError(
-                f"the model does not take the input that the columns make ({described}; the shape is that of a row). "
-                "The param inputs must name each argument of the model's forward as that does. "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            raise misfit(inputs, "each argument of the model's forward as that does", error) from error
         return module, put_out
 
 

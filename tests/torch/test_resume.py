@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from pyspark.sql import functions as F
 
+from spark_nn import TorchEstimator
 from spark_nn.errors import TrainingError
 from tests.failure.processes import no_rank_is_left
 from tests.keras.test_resume import rows
@@ -87,3 +88,22 @@ def test_a_function_of_the_history_ends_training(spark, store):
     model = estimator(store, epochs=9, stopWhen=models.after_two, lrScheduler=models.decay).fit(data(spark))
     assert model.summary.epochs == 2
     np.testing.assert_allclose(model.summary.history["learning_rate"], [0.001, 0.0009])
+
+
+def test_training_goes_on_from_a_fitted_model_which_is_saved_with_the_estimator(spark, store, tmp_path):
+    """Two fits of an epoch each, by descent that keeps no state, against one of two epochs."""
+    df = data(spark)
+    settings = {"numWorkers": 2, "optimizer": "sgd", "learningRate": 0.1, "epochs": 1}
+    first = estimator(store, **settings).fit(df)
+    whole = estimator(store, **{**settings, "epochs": 2}).fit(df)
+    stage = estimator(store, **settings, initialModel=first)
+    stage.save(str(tmp_path / "stage"))
+    loaded = TorchEstimator.load(str(tmp_path / "stage"))
+    assert bits(loaded.getInitialModel()) == bits(first)
+    stage.clear(stage.model)
+    for each in (loaded, stage):
+        assert bits(each.fit(df)) == bits(whole)
+    with pytest.raises(TrainingError, match=r"initialModel holds the weight 0.weight of the shape \(8, 3\), and the"):
+        estimator(store, **settings, initialModel=first, modelParams={"units": 5}).fit(df)
+    with pytest.raises(TypeError, match="initialModel takes a fitted TorchModel, not 3"):
+        TorchEstimator(initialModel=3)
