@@ -257,11 +257,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
                 run.put(local, WEIGHTS)
         recipe = Recipe(
             blueprint=blueprint,
-            weights=None
-            if before is None and blueprint.skeleton is None
-            else "model"
-            if before is None
-            else "initialModel",
+            weights=left,
             optimizer=self.getOptimizer(),
             optimizerParams=self.getOptimizerParams(),
             learningRate=given("learningRate"),
@@ -279,7 +275,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
     def _blueprint(self) -> Blueprint:
         model = self._ifGiven("model")
         if model is None:
-            before = self.getInitialModel()._made()
+            before: Blueprint = self.getInitialModel()._made()
             return replace(before, loss=self.getLoss(), metrics=self._ifGiven("metrics"))
         instance = is_module(model)
         return Blueprint(
