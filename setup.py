@@ -40,7 +40,14 @@ CONNECT = ["grpcio>=1.76", "grpcio-status>=1.76", "googleapis-common-protos>=1.7
 
 EXTRAS = {
     "connect": CONNECT,
-    "torch": ["torch>=2.9"],
+    "torch": [
+        # 2.9 is the first release tested; its autocast, scaler and process groups are what the fit builds on.
+        "torch>=2.9",
+        # Weights in a file that can hold nothing else.
+        "safetensors>=0.5",
+        # Metrics that say how what several workers have counted becomes one.
+        "torchmetrics>=1.4",
+    ],
     # What Keras exports ONNX files with. Keras makes up for what tf2onnx 1.17 lacks for NumPy 2.
     "onnx": ["tf2onnx>=1.17", "onnx>=1.16"],
     "examples": [
@@ -62,6 +69,9 @@ EXTRAS = {
         # A store on object storage, and an S3 server to test it with.
         "s3fs>=2024.6",
         "moto[server]>=5",
+        # What the extra "torch" brings; the release of PyTorch itself tox pins, as one is gigabytes.
+        "safetensors>=0.5",
+        "torchmetrics>=1.4",
         # Exports ONNX files, and computes what they hold.
         "tf2onnx>=1.17",
         "onnx>=1.16",

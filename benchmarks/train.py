@@ -9,7 +9,8 @@ Ratios travel between machines, rows per second do not.
 Ours run in the environment that a fit gives its workers' processes, which among other things keeps the C library from
 returning memory to the kernel at every step. One line shows what that alone does for Keras.
 
-With `--workers N` it is another table, of workers in step: see `in_step.py`.
+With `--workers N` it is another table, of workers in step: see `in_step.py`. With `--framework torch` it is PyTorch's:
+see `with_torch.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 from in_step import in_step
 from peers import BATCH, FEATURES, apart, made, opened, session, show, stock_reader, written
+from with_torch import with_torch
 
 from spark_nn.doctor import requireJava
 from spark_nn.gang.worker import child_environment
@@ -137,7 +139,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="with a core each, which train in step")
     parser.add_argument("--networks", nargs="+", default=["mlp", "cnn", "large"], help="that workers in step train")
     parser.add_argument("--only", default="", help="lines of workers in step whose name holds this")
+    parser.add_argument("--framework", choices=["keras", "torch"], default="keras")
     arguments = parser.parse_args()
+    if arguments.framework == "torch":
+        with_torch(arguments)
+        return
     if arguments.workers > 1:
         in_step(arguments)
         return

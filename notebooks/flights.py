@@ -9,6 +9,8 @@
 # together. The fitted pipeline is saved, and a second process loads it and must score alike.
 #
 #     python notebooks/flights.py --out flights-run
+#
+# With `--framework torch` it is a PyTorch network, which has embeddings of the categories.
 
 # %%
 import argparse
@@ -29,7 +31,7 @@ from pyspark.ml.feature import Imputer, OneHotEncoder, StandardScaler, StringInd
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from spark_nn import KerasEstimator
+from spark_nn import KerasEstimator, TorchEstimator
 from spark_nn.doctor import requireJava
 
 SEED = 7
@@ -52,6 +54,7 @@ def start_spark() -> SparkSession:
         .config("spark.driver.memory", "4g")
         .config("spark.sql.session.timeZone", "UTC")
         .config("spark.sql.shuffle.partitions", 4)
+        .config("spark.nn.allowedModules", "__main__")  # where a saved PyTorch model may find its function: here
         .config("spark.ui.enabled", False)
         .config("spark.ui.showConsoleProgress", False)
         .getOrCreate()
@@ -176,34 +179,81 @@ def build_model(width: int, dropout: float):
     )
 
 
-def build_pipeline() -> Pipeline:
-    filled = [f"{name}_filled" for name in NUMBERS]
-    indexed = [f"{name}_index" for name in CATEGORIES]
-    encoded = [f"{name}_onehot" for name in CATEGORIES]
+def build_torch_model(width: int, dropout: float, categories: int, numbers: int):
+    import torch
+    from torch import nn
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            most, size = 128, 8  # of categories in a column, and of what stands for one
+            self.table = nn.Embedding(categories * most, size)
+            self.register_buffer("offsets", torch.arange(categories) * most)
+            self.layers = nn.Sequential(
+                nn.Linear(numbers + categories * size, width),
+                nn.ReLU(),
+                nn.Dropout(dropout),
+                nn.Linear(width, width),
+                nn.ReLU(),
+                nn.Dropout(dropout),
+                nn.Linear(width, 1),
+            )
+
+        def forward(self, numbers, categories):
+            vectors = self.table(categories.long() + self.offsets).flatten(1)
+            return self.layers(torch.cat([numbers, vectors], dim=1))
+
+    return Network()
+
+
+FILLED = [f"{name}_filled" for name in NUMBERS]
+INDEXED = [f"{name}_index" for name in CATEGORIES]
+ENCODED = [f"{name}_onehot" for name in CATEGORIES]
+TRAINING = {
+    "optimizer": "adam",
+    "learningRate": 1e-3,
+    "labelCol": "late",
+    "validationFraction": 0.1,
+    "epochs": 5,
+    "batchSize": 512,
+    "numWorkers": 2,
+    "seed": SEED,
+}
+
+
+def keras_stages() -> list:
     network = KerasEstimator(
         model=build_model,
         modelParams={"width": 128, "dropout": 0.2},
-        optimizer="adam",
-        learningRate=1e-3,
         loss="binary_crossentropy",
         metrics=["auc"],
         featuresCol="features",
-        labelCol="late",
-        validationFraction=0.1,
-        epochs=5,
-        batchSize=512,
-        numWorkers=2,
-        seed=SEED,
+        **TRAINING,
     )
+    encoder = OneHotEncoder(inputCols=INDEXED, outputCols=ENCODED, handleInvalid="keep")
+    return [encoder, VectorAssembler(inputCols=["scaled", *ENCODED], outputCol="features"), network]
+
+
+def torch_stages() -> list:
+    network = TorchEstimator(
+        model=build_torch_model,
+        modelParams={"width": 128, "dropout": 0.2, "categories": len(CATEGORIES), "numbers": len(NUMBERS)},
+        loss="binary_cross_entropy_with_logits",
+        metrics={"auc": "auroc"},
+        inputs={"numbers": "scaled", "categories": INDEXED},
+        **TRAINING,
+    )
+    return [network]
+
+
+def build_pipeline(framework: str) -> Pipeline:
     return Pipeline(
         stages=[
-            Imputer(inputCols=NUMBERS, outputCols=filled),
-            VectorAssembler(inputCols=filled, outputCol="numbers"),
+            Imputer(inputCols=NUMBERS, outputCols=FILLED),
+            VectorAssembler(inputCols=FILLED, outputCol="numbers"),
             StandardScaler(inputCol="numbers", outputCol="scaled", withMean=True),
-            StringIndexer(inputCols=CATEGORIES, outputCols=indexed, handleInvalid="keep"),
-            OneHotEncoder(inputCols=indexed, outputCols=encoded, handleInvalid="keep"),
-            VectorAssembler(inputCols=["scaled", *encoded], outputCol="features"),
-            network,
+            StringIndexer(inputCols=CATEGORIES, outputCols=INDEXED, handleInvalid="keep"),
+            *(torch_stages() if framework == "torch" else keras_stages()),
         ]
     )
 
@@ -216,7 +266,7 @@ def build_pipeline() -> Pipeline:
 
 
 # %%
-def train(spark: SparkSession, out: Path) -> None:
+def train(spark: SparkSession, out: Path, framework: str) -> None:
     with TemporaryDirectory() as scratch:
         flights, weather, planes = read_tables(spark, scratch)
         arrived, cancelled, diverted = count_outcomes(flights)
@@ -225,7 +275,7 @@ def train(spark: SparkSession, out: Path) -> None:
         print(f"used      {arrived:,} flights: {training.count():,} to train, {test.count():,} to test")
         print(f"excluded  {cancelled:,} cancelled and {diverted:,} diverted: no arrival to be late")
         test.write.mode("overwrite").parquet(str(out / "test.parquet"))
-        model = build_pipeline().fit(training)
+        model = build_pipeline(framework).fit(training)
     model.write().overwrite().save(str(out / "model"))
     summary = model.stages[-1].summary
     draw_history(summary.history, out / "history.png")
@@ -270,6 +320,7 @@ def score_elsewhere(out: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tell which flights from New York arrive late.")
     parser.add_argument("--out", type=Path, default=Path("flights-run"), help="folder for the results")
+    parser.add_argument("--framework", choices=["keras", "torch"], default="keras", help="whose network to train")
     parser.add_argument("--score", type=Path, metavar="OUT", help="only score the model saved in this folder")
     arguments = parser.parse_args()
     requireJava()
@@ -280,7 +331,7 @@ def main() -> None:
 
     out = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    train(spark, out)
+    train(spark, out, arguments.framework)
     here = score(spark, out)
     spark.stop()
     there = score_elsewhere(out)

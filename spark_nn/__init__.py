@@ -12,13 +12,17 @@ if TYPE_CHECKING:
     from spark_nn.keras.estimator import KerasEstimator
     from spark_nn.keras.model import KerasModel
     from spark_nn.summary import TrainingSummary
+    from spark_nn.torch.estimator import TorchEstimator
+    from spark_nn.torch.model import TorchModel
 
 __version__ = "0.1.0"
-__all__ = ["KerasEstimator", "KerasModel", "TrainingSummary", "__version__"]
+__all__ = ["KerasEstimator", "KerasModel", "TorchEstimator", "TorchModel", "TrainingSummary", "__version__"]
 
 _HOMES = {
     "KerasEstimator": "spark_nn.keras.estimator",
     "KerasModel": "spark_nn.keras.model",
+    "TorchEstimator": "spark_nn.torch.estimator",
+    "TorchModel": "spark_nn.torch.model",
     "TrainingSummary": "spark_nn.summary",
 }
 

@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from spark_nn.errors import StoreError
+from spark_nn.errors import ParamError, StoreError
+
+
+def check_format(format: str, formats: Sequence[str], packages: Mapping[str, Sequence[str]], cure: str) -> None:
+    """Refuse a format that cannot be written here, before anything is done.
+
+    Parameters
+    ----------
+    format : str
+        The format.
+    formats : sequence of str
+        Those that there are.
+    packages : mapping
+        The packages that some of them need.
+    cure : str
+        What installs these, for the message.
+
+    Raises
+    ------
+    ParamError
+        The format is unknown, or a package that it needs is missing.
+    """
+    if format not in formats:
+        raise ParamError(f"format={format!r}: must be one of {', '.join(map(repr, formats))}")
+    if missing := [each for each in packages.get(format, ()) if not importlib.util.find_spec(each)]:
+        raise ParamError(f"format={format!r} needs {' and '.join(missing)}, which is not installed here: {cure}")
 
 
 class Target:

@@ -11,14 +11,14 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyspark.ml.base import Model
 from pyspark.ml.param import Param
 from pyspark.sql import SparkSession
 
 from spark_nn.columns import Tensor
-from spark_nn.errors import ColumnError, ModelFileError, SparkNNError
+from spark_nn.errors import ColumnError, ModelFileError, ParamError, SparkNNError
 from spark_nn.export import Target
 from spark_nn.outputs import Output, Outputs, check_labels, columns_of
 from spark_nn.params import ModelParams
@@ -34,6 +34,9 @@ from spark_nn.summary import TrainingSummary
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame
     from pyspark.sql.types import StructType
+
+
+M = TypeVar("M", bound="NeuralModel")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,22 @@ class NeuralModel(Model, ModelParams, Stage):
     @abstractmethod
     def _exporter(self, format: str) -> Callable[[Path], None]:
         """The function that writes the model in a format to a local path; refuses formats that it cannot write."""
+
+    @classmethod
+    def _withParams(cls: type[M], params: dict[str, Any]) -> M:
+        """An empty model with these params; None stands for not given.
+
+        Raises
+        ------
+        ParamError
+            There is no such param.
+        """
+        made = cls()
+        if unknown := [name for name in params if not made.hasParam(name)]:
+            known = ", ".join(param.name for param in made.params)
+            raise ParamError(f"a {cls.__name__} has no param {unknown[0]!r}: it has {known}")
+        made._set(**{name: value for name, value in params.items() if value is not None})
+        return made
 
     @property
     def fitted(self) -> Fitted:

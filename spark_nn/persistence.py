@@ -21,7 +21,7 @@ import sys
 import tempfile
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata as distributions
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -167,12 +167,15 @@ class StageReader(MLReader[S], Generic[S]):
         The stage's class. Its instances take what was saved through ``_loadSaved(metadata, files)``.
     given : dict, optional
         Values of params in place of those that were saved.
+    make : callable, optional
+        Returns an empty stage, where what was saved needs something that the user gives.
     """
 
-    def __init__(self, cls: type[S], given: dict[str, Any] | None = None) -> None:
+    def __init__(self, cls: type[S], given: dict[str, Any] | None = None, make: Callable[[], S] | None = None) -> None:
         super().__init__()
         self.cls = cls
         self.given = given or {}
+        self.make = make or cls
 
     def load(self, path: str) -> S:
         """Load the stage.
@@ -194,7 +197,7 @@ class StageReader(MLReader[S], Generic[S]):
                 f"{path} was saved by spark_nn {own.get('version')} in format {own.get('format')}; this "
                 f"version reads format {FORMAT_VERSION}. Load it with a version of spark_nn that matches"
             )
-        stage: Any = self.cls()
+        stage: Any = self.make()
         stage._resetUid(metadata["uid"])
         for saved, put in (
             (metadata["defaultParamMap"], stage._setDefault),

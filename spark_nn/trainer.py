@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from spark_nn.checkpoint import Checkpoints
+from spark_nn.columns import Tensor
 from spark_nn.dataset import memory
 from spark_nn.dataset.manifest import MANIFEST, Manifest, Split
 from spark_nn.dataset.stream import Block, Cache, Stream
-from spark_nn.errors import SparkNNError
+from spark_nn.errors import NonFiniteLoss, ParamError, SparkNNError
 from spark_nn.gang.context import GangContext, attempt_name
 from spark_nn.store import RunDir, digest
 
@@ -188,6 +190,47 @@ def row_weights(block: Block, weights: dict[int, float]) -> np.ndarray | None:
     for each, weight in weights.items():
         counted[labels == each] *= weight
     return counted
+
+
+def non_finite(epoch: int, good: int, rate: float, clipping: str) -> NonFiniteLoss:
+    """The error of a loss that is NaN or infinite.
+
+    Parameters
+    ----------
+    epoch, good : int
+        The epoch, from 0, and its steps before.
+    rate : float
+        The step's learning rate; NaN where it has none of its own.
+    clipping : str
+        What clips gradients, for the message.
+    """
+    known = "" if np.isnan(rate) else f", with learning rate {rate:g}"
+    return NonFiniteLoss(
+        f"the loss is NaN or infinite in epoch {epoch + 1} at step {good + 1}{known}. Set a smaller learningRate, clip "
+        f"the gradients ({clipping}), and look for extreme values in the inputs and labels; nonFiniteLoss='ignore' "
+        "would let training go on"
+    )
+
+
+def misfit(inputs: Sequence[Tensor], named: str, error: Exception) -> ParamError:
+    """The error of a model that does not take its input.
+
+    Parameters
+    ----------
+    inputs : sequence of Tensor
+        What the columns make.
+    named : str
+        What the param `inputs` must name, for the message.
+    error : Exception
+        The framework's own.
+    """
+    described = ", ".join(
+        f"{each.key or 'the input'}: {each.dtype} {each.shape} from {', '.join(each.columns)}" for each in inputs
+    )
+    return ParamError(
+        f"the model does not take the input that the columns make ({described}; the shape is that of a row). The param "
+        f"inputs must name {named}. {type(error).__name__}: {error}"
+    )
 
 
 def check_digests(gang: GangContext, digest: bytes) -> None:

@@ -13,11 +13,13 @@ from spark_nn.dataset.lease import shelf
 from spark_nn.doctor import javaProblem
 from tests import toy
 from tests.keras import models
+from tests.torch import models as torch_models
 
 ROOT = str(Path(__file__).parent.parent)
 # Executors of a cluster do not have the tests: their code travels with the functions.
 cloudpickle.register_pickle_by_value(toy)
 cloudpickle.register_pickle_by_value(models)
+cloudpickle.register_pickle_by_value(torch_models)
 
 
 def pytest_configure(config):

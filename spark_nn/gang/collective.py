@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,19 @@ TYPES = [np.dtype(name) for name in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "
 CODES = {dtype: code for code, dtype in enumerate(TYPES)}
 # Combines what the ranks give, here the first arrays, into what is to be filled, the second.
 Average = Callable[[Sequence[NDArray[Any]], Sequence[NDArray[Any]]], None]
+Engine = Literal["auto", "ring", "native"]
 OPS = ["sum", "mean", "max", "min"]
+
+
+def engine_for(engine: Engine, cards: Sequence[int]) -> Literal["ring", "native"]:
+    """The engine to use, where so many GPUs are visible to each rank.
+
+    On CPUs the ring is faster than the frameworks' own operations. With a GPU here and none there, the slow ranks set
+    the pace, and the ring is right for them.
+    """
+    if engine == "auto":
+        return "native" if cards and all(cards) else "ring"
+    return engine
 
 
 class Collective(ABC):

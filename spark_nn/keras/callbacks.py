@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 import keras.callbacks as kinds
 
-from spark_nn.checkpoint import Place
 from spark_nn.errors import ParamError
 from spark_nn.gang.context import GangContext
-from spark_nn.gang.progress import Reporter
+from spark_nn.report import Report
 
 # What these do outside the model, one rank does for all.
 _OUTWARD = (kinds.ModelCheckpoint, kinds.CSVLogger, kinds.TensorBoard, kinds.RemoteMonitor)
@@ -154,60 +152,31 @@ class Session(keras.callbacks.CallbackList):  # type: ignore[misc]
             super().on_train_end(logs)
 
 
-class Report(keras.callbacks.Callback):  # type: ignore[misc]
-    """Tells the driver how far training is; it comes after all that change the logs.
+class Reporting(keras.callbacks.Callback):  # type: ignore[misc]
+    """Tells a report how far training is; it comes after all that change the logs.
 
     Parameters
     ----------
-    progress : Reporter
-        Who takes the news there.
-    epochs, steps : int
-        Epochs of the training, and steps of each.
-    rows : int
-        Rows of an epoch, over all ranks.
-    place : Place
-        Where training begins, or goes on.
-
-    Attributes
-    ----------
-    first_batch : float or None
-        When the first batches were done, by the monotonic clock: until then Keras traces the model.
+    report : Report
+        Who tells the driver. Until its first batches are done, Keras traces the model.
     """
 
-    def __init__(self, progress: Reporter, epochs: int, steps: int, rows: int, place: Place) -> None:
+    def __init__(self, report: Report) -> None:
         super().__init__()
-        self.progress = progress
-        self.steps = steps
-        self.place = place
-        self.first_batch: float | None = None
-        progress.update(epochs=epochs, steps=steps, rows=rows)
+        self.report = report
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Start the epoch's clock."""
-        self.began = time.monotonic()
-        self.spent: float | None = None
-        self.first = self.place.step if epoch == self.place.epoch else 0
-        self.progress.update(epoch=epoch + 1, step=self.first)
+        """An epoch begins."""
+        self.report.begin_epoch(epoch)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Tell the step."""
-        if self.first_batch is None:
-            self.first_batch = time.monotonic()
-            self.progress.update(phase="training")
-        self.progress.update(step=min(batch + 1, self.steps))
+        """Steps are done."""
+        self.report.end_step(batch + 1)
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Stop the epoch's clock, as what follows is no training."""
-        self.spent = time.monotonic() - self.began
-        self.progress.update(phase="validating")
+        """What follows is no training."""
+        self.report.begin_validation()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Tell the epoch's logs and how long it took."""
-        spent = time.monotonic() - self.began if self.spent is None else self.spent
-        # An epoch that another attempt began took as long as its rest suggests.
-        spent *= self.steps / (self.steps - self.first)
-        history = {name: list(values) for name, values in self.progress.state.history.items()}
-        for name, value in (logs or {}).items():
-            history.setdefault(name, []).append(value)
-        seconds = [*self.progress.state.seconds, spent]
-        self.progress.update(history=history, seconds=seconds, phase="training")
+        """An epoch is over."""
+        self.report.end_epoch(logs or {})

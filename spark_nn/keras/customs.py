@@ -10,10 +10,10 @@ from typing import Any
 
 import cloudpickle
 
+from spark_nn.allowed import MODULES_CONF
 from spark_nn.errors import ModelFileError, ParamError
 
 Find = Callable[[Iterable[str]], dict[str, Any]]
-MODULES_CONF = "spark.nn.allowedModules"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +19,7 @@ from spark_nn.keras.names import check_name
 from spark_nn.keras.params import KerasParams
 from spark_nn.keras.stages import LIBRARIES
 from spark_nn.keras.training import INITIAL_MODEL, MODEL, KerasTrainer, Recipe
+from spark_nn.network import check_arguments, check_network, refuse_arguments
 from spark_nn.persistence import ModelFile
 from spark_nn.store import RunDir
 from spark_nn.summary import TrainingSummary
@@ -269,31 +269,14 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
 
     def _check(self) -> None:
         self._checkSettings()
+        check_network(self._ifGiven("model"), self._ifGiven("initialModel"), self.getModelParams(), "keras.Model")
         if not self.isDefined("model"):
-            if self.isDefined("initialModel"):
-                if self.getModelParams():
-                    raise ParamError(
-                        f"modelParams={self.getModelParams()!r} are arguments of a function, and model is not set: set "
-                        "it, or leave modelParams out, to go on with initialModel's own network"
-                    )
-                return
-            raise ParamError("model is not set: give a keras.Model, or a function that returns one")
+            return
         model = self.getModel()
         if not codec.is_model(model):
-            try:
-                inspect.signature(model).bind(**self.getModelParams())
-            except TypeError as error:
-                raise ParamError(
-                    f"modelParams={self.getModelParams()!r} are not arguments of the function given as model: {error}"
-                ) from None
-            except ValueError:
-                pass  # some callables tell no signature
+            check_arguments(model, self.getModelParams())
             return
-        if self.getModelParams():
-            raise ParamError(
-                f"modelParams={self.getModelParams()!r} are arguments of a function, but model is a "
-                f"{type(model).__name__}: give a function, or leave modelParams out"
-            )
+        refuse_arguments(model, self.getModelParams())
         if not model.compiled and not self.isDefined("loss"):
             raise ParamError(
                 "loss is not set and the model is not compiled: set loss, such as 'mse' or "
@@ -333,9 +316,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
             check_name(name, value)  # else the workers will: the driver imports no framework for it
 
     def _trainer(self, schedule: Schedule, run: RunDir) -> KerasTrainer:
-        def given(name: str) -> Any:
-            return self.getOrDefault(name) if self.isDefined(name) else None
-
+        given = self._ifGiven
         model = given("model")
         instance = self._hasInstance()
         if instance:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,22 +14,8 @@ from spark_nn.keras import codec
 from spark_nn.keras.customs import Find
 
 FORMATS = ("tf_saved_model", "onnx", "keras")
-
-
-def check_format(format: str) -> None:
-    """Refuse a format that cannot be written here, before anything is done.
-
-    Raises
-    ------
-    ParamError
-        The format is unknown, or a package that it needs is missing.
-    """
-    if format not in FORMATS:
-        raise ParamError(f"format={format!r}: must be one of {', '.join(map(repr, FORMATS))}")
-    if format == "onnx" and (missing := [each for each in ("tf2onnx", "onnx") if not importlib.util.find_spec(each)]):
-        raise ParamError(
-            f"format='onnx' needs {' and '.join(missing)}, which is not installed here: pip install 'spark-nn[onnx]'"
-        )
+PACKAGES = {"onnx": ("tf2onnx", "onnx")}
+CURE = "pip install 'spark-nn[onnx]'"
 
 
 def write(file: Path, inputs: Sequence[Tensor], format: str, find: Find, target: Path) -> None:

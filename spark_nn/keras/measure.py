@@ -18,6 +18,7 @@ from spark_nn.errors import ModelFileError
 from spark_nn.keras import codec, predict
 from spark_nn.keras.customs import Find
 from spark_nn.keras.describe import by_name, other_reduction
+from spark_nn.scoring.batches import slices
 from spark_nn.scoring.models import Share
 
 _CURE = (
@@ -93,6 +94,7 @@ class KerasMeasure:
     def __init__(self, model: Any, device: str) -> None:
         self._model = model
         self._device = device
+        self._rows = predict.rows_at_once(model)
         self._graph: Any = None
         self._sizes: set[int] = set()
         self._outputs: tuple[str, ...] | None = None
@@ -113,7 +115,7 @@ class KerasMeasure:
         total = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
         with tf.device(self._device):
             self._prepare(inputs)
-            for rows in predict.slices(self._model, total):
+            for rows in slices(total, self._rows):
                 data = [_tensors(inputs, rows), self._ordered(_tensors(labels, rows))]
                 if weights is not None:
                     data.append(_tensors(weights, rows))

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from spark_nn.errors import ModelFileError, ParamError
+from spark_nn.errors import ModelFileError
+from spark_nn.export import check_format
 from spark_nn.keras import archive, codec, export, measure, predict, pretrained
 from spark_nn.keras.customs import Customs, registered, require
 from spark_nn.keras.stages import LIBRARIES, HasCustomObjects
@@ -61,11 +62,7 @@ class KerasModel(HasCustomObjects, NeuralModel):
         --------
         >>> KerasModel.fromKeras(native, featuresCol="image").transform(images)  # doctest: +SKIP
         """
-        made = cls()
-        if unknown := [name for name in params if not made.hasParam(name)]:
-            known = ", ".join(param.name for param in made.params)
-            raise ParamError(f"a {cls.__name__} has no param {unknown[0]!r}: it has {known}")
-        made._set(**{name: value for name, value in params.items() if value is not None})
+        made = cls._withParams(params)
         made._fitted = pretrained.describe(model, made.inputColumns(), made._known)
         made._outputs()  # refuses params that do not suit them
         return made
@@ -95,7 +92,7 @@ class KerasModel(HasCustomObjects, NeuralModel):
         return codec.CustomLoader(measure.load_measure, customs) if customs != Customs() else measure.load_measure
 
     def _exporter(self, format: str) -> Callable[[Path], None]:
-        export.check_format(format)
+        check_format(format, export.FORMATS, export.PACKAGES, export.CURE)
         fitted = self.fitted
         return functools.partial(export.write, fitted.file.path, fitted.inputs, format, self._known)
 

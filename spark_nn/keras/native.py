@@ -10,7 +10,7 @@ import contextlib
 import os
 import secrets
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import tensorflow as tf
@@ -18,10 +18,8 @@ from tensorflow.core.protobuf import tensorflow_server_pb2
 from tensorflow.python.eager import context as tf_context
 
 from spark_nn.errors import CollectiveError
-from spark_nn.gang.collective import Collective
+from spark_nn.gang.collective import Collective, Engine, engine_for
 from spark_nn.keras.gradients import Averager
-
-Engine = Literal["auto", "ring", "native"]
 
 _JOB = "worker"
 _LEADER = f"/job:{_JOB}/replica:0/task:0"
@@ -53,21 +51,10 @@ def averager(engine: Engine, collective: Collective, host: str, timeout: float) 
         return Averager(collective)
     cards = len(tf.config.list_physical_devices("GPU"))
     everywhere = [int(count) for count in collective.all_gather(b"%d" % cards)]
-    if choice(engine, everywhere) == "ring":
+    if engine_for(engine, everywhere) == "ring":
         return Averager(collective)
     join(collective, host, timeout)
     return NativeAverager(collective, "GPU" if all(everywhere) else "CPU")
-
-
-def choice(engine: Engine, cards: Sequence[int]) -> Literal["ring", "native"]:
-    """The engine to use, where so many GPUs are visible to each rank.
-
-    On CPUs the ring is several times as fast as TensorFlow's own operations. With a GPU here and none there, the
-    slow ranks set the pace, and the ring is right for them.
-    """
-    if engine == "auto":
-        return "native" if cards and all(cards) else "ring"
-    return engine
 
 
 def join(collective: Collective, host: str, timeout: float) -> None:

@@ -7,10 +7,11 @@ from typing import Any, TypeVar, cast
 
 from pyspark.ml.param import Param
 
-from spark_nn.converters import loss_weights, param, plain_dict
+from spark_nn.converters import loss_weights, param
 from spark_nn.keras import codec
 from spark_nn.keras.model import KerasModel
 from spark_nn.keras.stages import HasCustomObjects
+from spark_nn.network import NetworkParams, fitted
 
 E = TypeVar("E", bound="KerasParams")
 
@@ -20,13 +21,6 @@ def _model(value: Any) -> Any:
         raise TypeError(
             f"model takes a keras.Model or a function that returns one, not {value!r} ({type(value).__name__})"
         )
-    return value
-
-
-def _fitted(value: Any) -> Any:
-    if not isinstance(value, KerasModel):
-        raise TypeError(f"initialModel takes a fitted KerasModel, not {value!r} ({type(value).__name__})")
-    value.fitted  # noqa: B018  (refuses an empty one)
     return value
 
 
@@ -77,7 +71,7 @@ def _callbacks(value: Any) -> Any:
     return list(value)
 
 
-class KerasParams(HasCustomObjects):
+class KerasParams(HasCustomObjects, NetworkParams):
     """What to train, and how."""
 
     model: Param[Any] = param(
@@ -85,11 +79,6 @@ class KerasParams(HasCustomObjects):
         "The Keras model to train: a keras.Model, or a function that returns one and is called on each "
         "worker with modelParams.",
         _model,
-    )
-    modelParams: Param[dict[str, Any]] = param(
-        "modelParams",
-        "Keyword arguments of the function given as model, as a dict of numbers, strings, lists and dicts.",
-        plain_dict("modelParams"),
     )
     optimizer: Param[Any] = param(
         "optimizer",
@@ -119,7 +108,7 @@ class KerasParams(HasCustomObjects):
         "initialModel",
         "A fitted KerasModel to go on from: training begins with its weights, and with the state of its optimizer "
         "where that is of the same kind. The param model must then give a network of the same layers, or be left out.",
-        _fitted,
+        fitted(KerasModel),
     )
     callbacks: Param[Any] = param(
         "callbacks",
@@ -128,51 +117,6 @@ class KerasParams(HasCustomObjects):
         _callbacks,
     )
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._setDefault(modelParams={})
-
-    def getModel(self) -> Any:
-        """Get :py:attr:`model`."""
-        return self.getOrDefault(self.model)
-
-    def setModel(self: E, value: Any) -> E:
-        """Set :py:attr:`model`."""
-        return self._set(model=value)
-
-    def getModelParams(self) -> dict[str, Any]:
-        """Get :py:attr:`modelParams`."""
-        return self.getOrDefault(self.modelParams)
-
-    def setModelParams(self: E, value: dict[str, Any]) -> E:
-        """Set :py:attr:`modelParams`."""
-        return self._set(modelParams=value)
-
-    def getInitialModel(self) -> KerasModel:
-        """Get :py:attr:`initialModel`."""
-        model: KerasModel = self.getOrDefault(self.initialModel)
-        return model
-
-    def setInitialModel(self: E, value: KerasModel) -> E:
-        """Set :py:attr:`initialModel`."""
-        return self._set(initialModel=value)
-
-    def getOptimizer(self) -> Any:
-        """Get :py:attr:`optimizer`: a name, or the dict that ``keras.optimizers.deserialize`` takes."""
-        return self.getOrDefault(self.optimizer)
-
-    def setOptimizer(self: E, value: Any) -> E:
-        """Set :py:attr:`optimizer`."""
-        return self._set(optimizer=value)
-
-    def getLoss(self) -> Any:
-        """Get :py:attr:`loss`: a name, a function, or the dict that ``keras.losses.deserialize`` takes."""
-        return self.getOrDefault(self.loss)
-
-    def setLoss(self: E, value: Any) -> E:
-        """Set :py:attr:`loss`."""
-        return self._set(loss=value)
-
     def getLossWeights(self) -> Any:
         """Get :py:attr:`lossWeights`."""
         return self.getOrDefault(self.lossWeights)
@@ -180,14 +124,6 @@ class KerasParams(HasCustomObjects):
     def setLossWeights(self: E, value: float | list[float] | dict[str, float]) -> E:
         """Set :py:attr:`lossWeights`."""
         return self._set(lossWeights=value)
-
-    def getMetrics(self) -> Any:
-        """Get :py:attr:`metrics`: names, functions, or dicts that ``keras.metrics.deserialize`` takes."""
-        return self.getOrDefault(self.metrics)
-
-    def setMetrics(self: E, value: list[Any] | dict[str, Any]) -> E:
-        """Set :py:attr:`metrics`."""
-        return self._set(metrics=value)
 
     def getCallbacks(self) -> Any:
         """Get :py:attr:`callbacks`."""

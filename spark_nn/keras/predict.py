@@ -19,11 +19,8 @@ from spark_nn.errors import SparkNNError
 from spark_nn.keras import codec
 from spark_nn.keras.customs import Find
 from spark_nn.keras.describe import by_name
+from spark_nn.scoring.batches import rows_for
 from spark_nn.scoring.models import Share
-
-# What the widest layer puts out for the rows that are in work: about what a core's own cache holds.
-_WIDEST_BYTES = 4 << 20
-_FEWEST, _MOST = 32, 4096
 
 
 @contextlib.contextmanager
@@ -80,33 +77,13 @@ def start_tensorflow(share: Share) -> str:
 
 
 def _device(share: Share, cards: int) -> str:
-    """The task's GPU, or the CPU where it has none or TensorFlow, which can use so many, cannot.
-
-    Spark's addresses are the cards' numbers. Where CUDA_VISIBLE_DEVICES lets this process see only some, TensorFlow
-    counts those.
-    """
-    if share.gpu is None or not cards:
-        return "/CPU:0"
-    seen = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
-    number = seen.index(share.gpu) if share.gpu in seen else int(share.gpu) if share.gpu.isdigit() else 0
-    return f"/GPU:{number % cards}"
+    """The task's GPU, or the CPU where it has none or TensorFlow, which can use so many, cannot."""
+    return f"/GPU:{share.card(cards)}" if share.gpu is not None and cards else "/CPU:0"
 
 
 def rows_at_once(model: Any) -> int:
-    """Rows that go through a model at once with good speed and little memory.
-
-    What a layer puts out may be a hundred times its input: images go through in smaller blocks than rows of numbers,
-    so that what is handed from layer to layer stays in the cache.
-    """
-    widest = max((_elements(tensor) for tensor in _tensors(model)), default=1)
-    rows = _WIDEST_BYTES // (4 * widest)
-    return int(np.clip(1 << max(0, rows.bit_length() - 1), _FEWEST, _MOST))
-
-
-def slices(model: Any, total: int) -> Iterator[slice]:
-    """Cut so many rows into what goes through a model at once."""
-    rows = rows_at_once(model)
-    return (slice(start, start + rows) for start in range(0, total, rows))
+    """Rows that go through a model at once with good speed and little memory."""
+    return rows_for(max((_elements(tensor) for tensor in _tensors(model)), default=1))
 
 
 def load_predictor(path: str, share: Share, find: Find = codec.nothing) -> KerasPredictor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from keras.src.backend.common.global_state import get_global_attribute
 from keras.src.random.seed_generator import global_seed_generator
 
+from spark_nn.chance import random_state, set_random_state
 from spark_nn.checkpoint import Arrays, Checkpoint, Checkpoints, Place
 from spark_nn.gang.context import GangContext
 from spark_nn.keras.feed import Feed
@@ -228,26 +228,14 @@ def _gathered(arrays: Arrays, name: str, count: int | None) -> np.ndarray | list
 
 def _random() -> Arrays:
     """The state of Python's and NumPy's generators, which callbacks may draw from, and of Keras's, if there is one."""
-    _, numbers, gauss = random.getstate()
-    _, keys, place, has_gauss, cached = np.random.get_state()
     generator = get_global_attribute("global_seed_generator")
-    return {
-        **({} if generator is None else {"keras-state": _array(generator.state)}),
-        "python-state": np.array(numbers, np.uint32),
-        "python-gauss": np.array([] if gauss is None else [gauss]),
-        "numpy-state": np.asarray(keys),
-        "numpy-place": np.array([place, has_gauss]),
-        "numpy-gauss": np.array([cached]),
-    }
+    return {**({} if generator is None else {"keras-state": _array(generator.state)}), **random_state()}
 
 
 def _set_random(arrays: Arrays) -> None:
     if "keras-state" in arrays:
         global_seed_generator().state.assign(arrays["keras-state"])
-    gauss = arrays["python-gauss"]
-    random.setstate((random.getstate()[0], tuple(arrays["python-state"].tolist()), gauss[0] if gauss.size else None))
-    place, has_gauss = arrays["numpy-place"].tolist()
-    np.random.set_state(("MT19937", arrays["numpy-state"], place, has_gauss, float(arrays["numpy-gauss"][0])))
+    set_random_state(arrays)
 
 
 def _array(variable: Any) -> np.ndarray:

@@ -6,13 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from pyspark.ml.param import Param, Params
-from pyspark.sql import SparkSession
 
+from spark_nn.allowed import allowed_modules, from_allowed, within
 from spark_nn.converters import param
-from spark_nn.errors import ModelFileError
 from spark_nn.keras import archive
-from spark_nn.keras.customs import MODULES_CONF, by_names, registered, require
-from spark_nn.persistence import ModelFile, StageReader, import_path, load_import
+from spark_nn.keras.customs import by_names, registered, require
+from spark_nn.persistence import ModelFile, StageReader, import_path
 from spark_nn.stage import Stage
 
 C = TypeVar("C", bound="HasCustomObjects")
@@ -114,31 +113,12 @@ class HasCustomObjects(Params):
         named = archive.inspect(file.path, file.origin)
         paths = {**named.all, **(recorded if isinstance(recorded, dict) else {})}
         known = self._known(named.all)
-        spark = SparkSession.active()
-        allowed = [each.strip() for each in (spark.conf.get(MODULES_CONF, "") or "").split(",") if each.strip()]
+        allowed = allowed_modules()
         found = {
-            name: _from_allowed(paths[name], allowed)
+            name: from_allowed(paths[name], allowed)
             for name in named.all
-            if name not in known and _within(paths[name], allowed)
+            if name not in known and within(paths[name], allowed)
         }
         if found:
             self._set(customObjects={**self.getCustomObjects(), **found})
         require(named.all if compiled else named.network, {**known, **found}, file.origin, paths)
-
-
-def _within(path: Any, allowed: Iterable[str]) -> bool:
-    """Whether an import path is of a module that the user has named, or of one inside it."""
-    module = path.partition(":")[0] if isinstance(path, str) else ""
-    return any(module == each or module.startswith(f"{each}.") for each in allowed)
-
-
-def _from_allowed(path: str, allowed: Iterable[str]) -> Any:
-    """Import an object from a module that the user has named."""
-    found = load_import(path)
-    # What such a module has imported from elsewhere is not of it.
-    if not callable(found) or not _within(import_path(found) if hasattr(found, "__qualname__") else "", allowed):
-        raise ModelFileError(
-            f"the model names {path}, which is no class or function of the modules in {MODULES_CONF}, but comes from "
-            "elsewhere: name the module that defines it"
-        )
-    return found

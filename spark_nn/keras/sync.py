@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -20,15 +19,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from spark_nn.errors import NonFiniteLoss
+from spark_nn.chance import STRIDE, random_numbers_kept
 from spark_nn.gang.collective import Collective
 from spark_nn.keras.gradients import Averager
 from spark_nn.keras.tally import array_of, plain, results, settle, tally
+from spark_nn.trainer import non_finite
 
 # The values of metrics: over this rank's rows, and over those of all ranks.
 Measured = tuple[dict[str, Any], dict[str, Any]]
-# An odd number: whatever the rank, its multiples differ, and they lie far apart.
-_STRIDE = 0x9E3779B1
 # Seconds between two looks at what a GPU has noted: each look waits until it has done all its work.
 _LOOK_EVERY = 1.0
 
@@ -82,7 +80,7 @@ class Synchroniser:
             self.collective.broadcast(value.reshape(-1).view(np.uint8))
             if variable.name == "seed_generator_state":
                 # Dropout on every rank must drop something else; rank 0 draws what a single process would.
-                value[:1] += np.array(self.rank * _STRIDE % 2**31, value.dtype)
+                value[:1] += np.array(self.rank * STRIDE % 2**31, value.dtype)
             variable.assign(value)
         if self.collective.world > 1:
             keras.random.uniform(())  # Keras makes its generator when it is first used, from a number of Python's
@@ -94,11 +92,9 @@ class Synchroniser:
 
         Python's and NumPy's random numbers stay alike on all ranks: callbacks may decide by them.
         """
-        python, numpy = random.getstate(), np.random.get_state()
-        keras.utils.set_random_seed((int(np.random.randint(2**31)) + self.rank * _STRIDE) % 2**32)
-        keras.random.uniform(())
-        random.setstate(python)
-        np.random.set_state(numpy)
+        with random_numbers_kept():
+            keras.utils.set_random_seed((int(np.random.randint(2**31)) + self.rank * STRIDE) % 2**32)
+            keras.random.uniform(())
 
     @contextlib.contextmanager
     def averaged_gradients(self) -> Iterator[None]:
@@ -316,12 +312,7 @@ class _Watch:
             return
         rate = _rate(model.optimizer)
         rate = float(self.rate.numpy() if isinstance(rate, tf.Tensor) else rate)
-        known = "" if np.isnan(rate) else f", with learning rate {rate:g}"
-        raise NonFiniteLoss(
-            f"the loss is NaN or infinite in epoch {epoch + 1} at step {int(self.good.numpy()) + 1}{known}. Set a "
-            "smaller learningRate, clip the gradients (clipnorm of the optimizer), and look for extreme values in the "
-            "inputs and labels; nonFiniteLoss='ignore' would let training go on"
-        )
+        raise non_finite(epoch, int(self.good.numpy()), rate, "clipnorm of the optimizer")
 
 
 @contextlib.contextmanager

@@ -5,17 +5,14 @@ The driver imports this module to describe the training; Keras and TensorFlow ar
 
 from __future__ import annotations
 
-import contextlib
-import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-
+from spark_nn.chance import random_numbers_kept
 from spark_nn.checkpoint import Checkpoints, Place
 from spark_nn.columns import Tensor
 from spark_nn.dataset import petastorm_compat
@@ -30,7 +27,8 @@ from spark_nn.keras.feed import Feed
 from spark_nn.keras.names import check_name
 from spark_nn.keras.pace import steps_per_execution
 from spark_nn.outputs import Choice, Output
-from spark_nn.trainer import Schedule, Trained, Trainer, check_digests, publish
+from spark_nn.report import Report
+from spark_nn.trainer import Schedule, Trained, Trainer, check_digests, misfit, publish
 
 # Where the driver leaves a model instance for the ranks, and the fitted model to go on from.
 MODEL = "given.keras"
@@ -113,7 +111,7 @@ class KerasTrainer(Trainer):
         import keras
 
         from spark_nn.keras import native
-        from spark_nn.keras.callbacks import Report, Session, chosen
+        from spark_nn.keras.callbacks import Reporting, Session, chosen
         from spark_nn.keras.resume import Keeper
         from spark_nn.keras.sync import Synchroniser
 
@@ -123,7 +121,7 @@ class KerasTrainer(Trainer):
         keras.utils.set_random_seed(self.schedule.seed % 2**32)
         example = Feed(data).example()
         model, put_out = self._build(gang, example, manifest.role("features"))
-        with _random_numbers_kept():
+        with random_numbers_kept():
             before = _fetched(gang, INITIAL_MODEL, self.recipe.customs) if self.recipe.continued else None
         if before is not None:
             _take_weights(model, before)
@@ -134,7 +132,7 @@ class KerasTrainer(Trainer):
         self.recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
         order = tuple(outputs) if isinstance(put_out, (list, tuple)) and len(outputs) > 1 else None
         feed = Feed(data, self.schedule.classWeights, order)
-        with _random_numbers_kept():
+        with random_numbers_kept():
             if gang.rank == 0:
                 codec.check_loadable(model, self.recipe.customs)
         own, watched = chosen(self.recipe.callbacks, gang, validation is not None)
@@ -151,7 +149,7 @@ class KerasTrainer(Trainer):
         gang.progress.update(phase="trace")
         report = Report(gang.progress, self.schedule.epochs, data.steps, data.rows * gang.world, place)
         session = Session(
-            [sync.callback(), feed.callback(), *own, report, keeper],
+            [sync.callback(), feed.callback(), *own, Reporting(report), keeper],
             model,
             kept=own,
             epochs=self.schedule.epochs,
@@ -176,23 +174,7 @@ class KerasTrainer(Trainer):
         clock.append(time.monotonic())
         gang.progress.update(phase="publish")
         file, sha256 = publish(gang, model.save, codec.SUFFIX) if gang.rank == 0 else ("", "")
-        began, imported, built, trained = clock
-        traced = report.first_batch or trained
-        return Trained(
-            file=file,
-            sha256=sha256,
-            outputs=outputs,
-            history=gang.progress.state.history,
-            rowsPerSecond=gang.progress.state.rowsPerSecond,
-            epochSeconds=gang.progress.state.seconds,
-            seconds={
-                "import": imported - began,
-                "build": built - imported,
-                "trace": traced - built,
-                "train": trained - traced,
-                "publish": time.monotonic() - trained,
-            },
-        )
+        return report.trained(file, sha256, outputs, clock)
 
     def _build(self, gang: GangContext, example: Any, inputs: Sequence[Tensor]) -> tuple[Any, Any]:
         """The model, built, and what it puts out for one row of its input."""
@@ -206,15 +188,7 @@ class KerasTrainer(Trainer):
         try:
             return model, model(example, training=False)  # which builds what is not built yet
         except Exception as error:
-            described = ", ".join(
-                f"{each.key or 'the input'}: {each.dtype} {each.shape} from {', '.join(each.columns)}"
-                for each in inputs
-            )
-            raise ParamError(
-                f"the model does not take the input that the columns make ({described}; the shape is that of a row). "
-                "The param inputs must name each of the model's inputs as the model does. "
-                f"{type(error).__name__}: {error}"
-            ) from error
+            raise misfit(inputs, "each of the model's inputs as the model does", error) from error
 
     def _compile(self, model: Any, world: int) -> None:
         """Compile with the params that were given; the model's own settings hold for the others."""
@@ -262,17 +236,6 @@ def prepare() -> None:
     import spark_nn.keras.sync  # noqa: F401
 
     petastorm_compat.load()
-
-
-@contextlib.contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    """Let the block draw no random numbers: a model that is loaded does, and ranks must go on alike."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def _fetched(gang: GangContext, name: str, customs: Customs) -> Any:

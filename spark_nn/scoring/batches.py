@@ -14,6 +14,9 @@ Block = Sequence[np.ndarray]
 
 # Seconds between two looks at whether anybody still wants what a full queue has no room for.
 _LOOK = 0.1
+# What a network's widest layer puts out for the rows in work: about what a core's own cache holds.
+_WIDEST_BYTES = 4 << 20
+_FEWEST, _MOST = 32, 4096
 
 
 def recut(blocks: Iterator[Block], rows: int) -> Iterator[list[np.ndarray]]:
@@ -88,6 +91,26 @@ def ahead(items: Iterator[T], depth: int = 1) -> Iterator[T]:
             yield value
     finally:
         ended.set()
+
+
+def rows_for(widest: int) -> int:
+    """Rows that go through a network at once with good speed and little memory, by what its widest layer puts out.
+
+    That may be a hundred times its input: images go through in smaller blocks than rows of numbers, so that what is
+    handed from layer to layer stays in the cache.
+
+    Parameters
+    ----------
+    widest : int
+        Elements that the layer puts out for a row.
+    """
+    rows = _WIDEST_BYTES // (4 * widest)
+    return min(max(1 << max(0, rows.bit_length() - 1), _FEWEST), _MOST)
+
+
+def slices(total: int, rows: int) -> Iterator[slice]:
+    """Cut so many rows into blocks of so many."""
+    return (slice(start, start + rows) for start in range(0, total, rows))
 
 
 def _joined(blocks: Sequence[Block]) -> list[np.ndarray]:

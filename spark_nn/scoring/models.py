@@ -52,6 +52,15 @@ class Share:
         addresses = resources["gpu"].addresses if "gpu" in resources else []
         return cls(context.cpus(), addresses[0] if addresses else None)
 
+    def card(self, cards: int) -> int:
+        """The number of the task's GPU, as a framework counts those, so many, that this process sees.
+
+        Spark's addresses are the cards' own numbers, and CUDA_VISIBLE_DEVICES may let a process see only some.
+        """
+        seen = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
+        address = self.gpu or "0"
+        return (seen.index(address) if address in seen else int(address) if address.isdigit() else 0) % cards
+
 
 class Predictor(Protocol):
     """A framework's model that predicts."""

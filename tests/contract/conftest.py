@@ -17,4 +17,7 @@ def kind(request, sessions):
 
 @pytest.fixture
 def spark(sessions, kind):
-    return sessions.get("local[2]", kind)
+    session = sessions.get("local[2]", kind)
+    session.conf.set("spark.nn.allowedModules", "tests.torch")  # where the functions are that saved networks name
+    yield session
+    session.conf.unset("spark.nn.allowedModules")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from spark_nn import KerasEstimator, KerasModel
+from spark_nn import KerasEstimator, KerasModel, TorchEstimator, TorchModel
 from tests.keras.models import mlp
+from tests.torch.models import after_two, decay
 from tests.toy import ToyEstimator, ToyModel
 
-ESTIMATORS = [KerasEstimator, ToyEstimator]
-MODELS = [KerasModel, ToyModel]
+ESTIMATORS = [KerasEstimator, TorchEstimator, ToyEstimator]
+MODELS = [KerasModel, TorchModel, ToyModel]
 STAGES = [*ESTIMATORS, *MODELS]
 
 # A value other than the default for every param, as a user would give it. Floats are such that 32 bits hold them.
@@ -55,6 +56,13 @@ VALUES = {
     "outputCols": {"out": "p"},
     "predictBatchSize": 512,
     "customObjects": {"mlp": mlp},
+    "optimizerParams": {"momentum": 0.5},
+    "lrScheduler": decay,
+    "lrSchedulerInterval": "step",
+    "clipGradNorm": 0.5,
+    "clipGradValue": 0.25,
+    "mixedPrecision": "bf16",
+    "stopWhen": after_two,
     "failRank": 1,
     "stepSeconds": 0.5,
     "failingWrites": 2,

@@ -21,11 +21,12 @@ from pyspark.ml.tuning import (
 )
 from pyspark.sql import functions as F
 
-from spark_nn import KerasEstimator
+from spark_nn import KerasEstimator, TorchEstimator
 from spark_nn.dataset.lease import shelf
 from spark_nn.errors import ModelFileError
 from tests.contract.stages import ESTIMATORS, FITTED, STAGES, name_of, values
 from tests.keras.models import mlp
+from tests.torch.models import line
 from tests.toy import ToyEstimator, ToyModel
 
 pytestmark = pytest.mark.timeout(180)
@@ -42,6 +43,8 @@ def estimator(stage, store, **kwargs):
     settings = {"inputCols": ["a", "b"], "storeUrl": store, "verbose": 0, **kwargs}
     if stage is KerasEstimator:
         settings = {"model": mlp, "modelParams": {"activation": None}, "loss": "mse", **settings}
+    if stage is TorchEstimator:
+        settings = {"model": line, "loss": "mse_loss", "optimizer": "sgd", "learningRate": 0.1, **settings}
     return stage(**settings)
 
 
@@ -265,6 +268,7 @@ builder = SparkSession.builder
 if "SPARK_REMOTE" not in os.environ:
     builder = builder.master("local[1]").config("spark.ui.enabled", "false")
 spark = builder.getOrCreate()
+spark.conf.set("spark.nn.allowedModules", "tests.torch")
 model = PipelineModel.load(sys.argv[1])
 scored = model.transform(spark.read.parquet(sys.argv[2]))
 scored.select("id", "prediction").coalesce(1).write.parquet(sys.argv[3])

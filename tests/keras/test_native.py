@@ -146,9 +146,9 @@ def test_a_killed_rank_is_named_by_the_other(tmp_path, victim):
     ],
 )
 def test_the_engine_follows_the_cards(engine, cards, expected):
-    from spark_nn.keras.native import choice
+    from spark_nn.gang.collective import engine_for
 
-    assert choice(engine, cards) == expected
+    assert engine_for(engine, cards) == expected
 
 
 if __name__ == "__main__":

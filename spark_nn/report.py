@@ -1,0 +1,97 @@
+"""Worker side: how far a training is, as the driver shows it and the summary holds it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spark_nn.checkpoint import Place
+from spark_nn.gang.progress import Reporter
+from spark_nn.trainer import Trained
+
+
+class Report:
+    """Tells the driver how far training is.
+
+    Parameters
+    ----------
+    progress : Reporter
+        Who takes the news there.
+    epochs, steps : int
+        Epochs of the training, and steps of each.
+    rows : int
+        Rows of an epoch, over all ranks.
+    place : Place
+        Where training begins, or goes on.
+
+    Attributes
+    ----------
+    first_batch : float or None
+        When the first batches were done, by the monotonic clock.
+    """
+
+    def __init__(self, progress: Reporter, epochs: int, steps: int, rows: int, place: Place) -> None:
+        self.progress = progress
+        self.steps = steps
+        self.place = place
+        self.first_batch: float | None = None
+        progress.update(epochs=epochs, steps=steps, rows=rows)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Start the clock of an epoch, counted from 0."""
+        self.began = time.monotonic()
+        self.spent: float | None = None
+        self.first = self.place.step if epoch == self.place.epoch else 0
+        self.progress.update(epoch=epoch + 1, step=self.first)
+
+    def end_step(self, done: int) -> None:
+        """Tell the steps that are done in this epoch."""
+        if self.first_batch is None:
+            self.first_batch = time.monotonic()
+            self.progress.update(phase="training")
+        self.progress.update(step=min(done, self.steps))
+
+    def begin_validation(self) -> None:
+        """Stop the epoch's clock, as what follows is no training."""
+        self.spent = time.monotonic() - self.began
+        self.progress.update(phase="validating")
+
+    def end_epoch(self, logs: Mapping[str, Any]) -> None:
+        """Tell the epoch's logs and how long it took."""
+        spent = time.monotonic() - self.began if self.spent is None else self.spent
+        # An epoch that another attempt began took as long as its rest suggests.
+        spent *= self.steps / (self.steps - self.first)
+        history = {name: list(values) for name, values in self.progress.state.history.items()}
+        for name, value in logs.items():
+            history.setdefault(name, []).append(value)
+        seconds = [*self.progress.state.seconds, spent]
+        self.progress.update(history=history, seconds=seconds, phase="training")
+
+    def trained(self, file: str, sha256: str, outputs: dict[str, dict[str, Any]], clock: Sequence[float]) -> Trained:
+        """What the training gave.
+
+        Parameters
+        ----------
+        file, sha256, outputs : object
+            See :class:`~spark_nn.trainer.Trained`.
+        clock : sequence of float
+            By the monotonic clock, when the worker began, had imported, built, and trained.
+        """
+        began, imported, built, trained = clock
+        traced = self.first_batch or trained
+        return Trained(
+            file=file,
+            sha256=sha256,
+            outputs=outputs,
+            history=self.progress.state.history,
+            rowsPerSecond=self.progress.state.rowsPerSecond,
+            epochSeconds=self.progress.state.seconds,
+            seconds={
+                "import": imported - began,
+                "build": built - imported,
+                "trace": traced - built,
+                "train": trained - traced,
+                "publish": time.monotonic() - trained,
+            },
+        )

@@ -1,0 +1,1 @@
+"""PyTorch: its estimator and model, and what the workers do with it."""

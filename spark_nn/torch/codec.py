@@ -1,0 +1,204 @@
+"""Networks <-> safetensors files: weights and a description of the inputs, and nothing that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spark_nn.errors import ModelFileError, ParamError
+from spark_nn.torch.blueprint import Blueprint, Specs, weights_of
+
+SUFFIX = ".safetensors"
+_INPUTS = "spark_nn.inputs"
+
+
+def save(module: Any, path: str | Path, inputs: Specs | None = None) -> None:
+    """Write the weights of a network.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The network.
+    path : str or Path
+        A local path.
+    inputs : dict, optional
+        Shape and dtype of each input, which networks that shape themselves by their first input need.
+
+    Raises
+    ------
+    ParamError
+        It keeps state that is no tensor.
+    """
+    from safetensors.torch import save_file
+
+    if extra := [name for name in module.state_dict() if name.endswith("_extra_state")]:
+        raise ParamError(
+            f"the model keeps state beside its tensors ({', '.join(extra)}), which a file of tensors cannot hold: keep "
+            "it in buffers, or make it an argument of the model's function"
+        )
+    # Copies, as tensors that share their memory could not be written.
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True).contiguous()
+        for name, tensor in weights_of(module).items()
+        if not _is_lazy(tensor)
+    }
+    described = [[key, list(shape), dtype] for key, (shape, dtype) in (inputs or {}).items()]
+    save_file(tensors, path, {"format": "pt", _INPUTS: json.dumps(described)})
+
+
+def load(path: str | Path, blueprint: Blueprint, specs: Specs | None = None) -> Any:
+    """The network of a blueprint with the weights of a file, in evaluation mode.
+
+    Parameters
+    ----------
+    path : str or Path
+        A local safetensors file.
+    blueprint : Blueprint
+        What makes the network.
+    specs : dict, optional
+        Its inputs, where the file does not tell.
+
+    Raises
+    ------
+    ModelFileError
+        The file is none, or is of another network.
+    """
+    tensors, inputs = read(path)
+    module = blueprint.build()
+    settle(module, specs or inputs)
+    fill(module, tensors, str(path))
+    return module.eval()
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], Specs]:
+    """The tensors in a file, and the inputs of their network.
+
+    Raises
+    ------
+    ModelFileError
+        It is not a safetensors file of ours.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, _inputs(file)  # noqa: SIM118  (it is no dict)
+
+
+def inputs_of(path: str | Path) -> Specs:
+    """The inputs of the network whose weights a file holds."""
+    with _opened(path) as file:
+        return _inputs(file)
+
+
+def _inputs(file: Any) -> Specs:
+    described = json.loads((file.metadata() or {}).get(_INPUTS, "[]"))
+    return {key: (tuple(shape), str(np.dtype(dtype))) for key, shape, dtype in described}
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise ModelFileError(
+            f"{path} cannot be read as a safetensors file ({error}): copy or save the model again"
+        ) from error
+
+
+def fill(module: Any, tensors: dict[str, Any], origin: str) -> None:
+    """Give a network its weights.
+
+    Raises
+    ------
+    ModelFileError
+        They are another network's.
+    """
+    import torch
+
+    own = weights_of(module)
+    if missing := sorted(own.keys() ^ tensors.keys()):
+        raise ModelFileError(
+            f"{origin} holds the weights of another network than the model gives: {_some(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} in one of them only. Give the function, and the modelParams, that "
+            "the model was trained with"
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if tensor.shape != tensors[name].shape:
+                raise ModelFileError(
+                    f"{origin} holds the weight {name} of the shape {tuple(tensors[name].shape)}, and the model's has "
+                    f"{tuple(tensor.shape)}: give the function, and the modelParams, that it was trained with"
+                )
+            tensor.copy_(tensors[name])
+
+
+def settle(module: Any, specs: Specs) -> None:
+    """Let a network that shapes itself by its first input do so."""
+    if any(_is_lazy(tensor) for tensor in weights_of(module).values()):
+        forward(module.eval(), example(specs))
+
+
+def example(specs: Specs, rows: int = 1) -> Any:
+    """Rows of zeros, as the network takes them."""
+    import torch
+
+    arrays = {key: torch.from_numpy(np.zeros((rows, *shape), dtype)) for key, (shape, dtype) in specs.items()}
+    return arrays.get(None, arrays)
+
+
+def forward(module: Any, inputs: Any) -> Any:
+    """What a network puts out for rows: a single input by place, several by their names, and without gradients."""
+    import torch
+
+    with torch.no_grad():
+        return module(**inputs) if isinstance(inputs, dict) else module(inputs)
+
+
+def by_name(put_out: Any) -> dict[str, Any]:
+    """What a network put out, by its names; the only output by the empty name.
+
+    Raises
+    ------
+    ParamError
+        It is neither a tensor nor a dict of tensors.
+    """
+    import torch
+
+    found = put_out if isinstance(put_out, dict) else {"": put_out}
+    if not found or not all(isinstance(each, torch.Tensor) for each in found.values()):
+        raise ParamError(
+            f"the model puts out a {type(put_out).__name__}: it must be a tensor, or, for several outputs, a dict of "
+            "tensors by their names. Wrap it in a module that returns one"
+        )
+    return found if len(found) > 1 else {"": next(iter(found.values()))}
+
+
+def check_shaped(module: Any) -> None:
+    """Driver side: refuse a network with weights that have no shape yet.
+
+    Raises
+    ------
+    ParamError
+        It has some.
+    """
+    if lazy := [name for name, tensor in weights_of(module).items() if _is_lazy(tensor)]:
+        raise ParamError(
+            f"the model's {_some(lazy)} will have a shape only when it has been called: call it once with rows, or "
+            "give a function that returns it"
+        )
+
+
+def _is_lazy(tensor: Any) -> bool:
+    import torch
+
+    return bool(torch.nn.parameter.is_lazy(tensor))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,272 @@
+"""Worker side: the loss and metrics of a network, counted over rows wherever they are.
+
+Metrics of torchmetrics keep sums, or the rows themselves, and say how those of several processes become one: what is
+computed from them is what one process would have computed from all rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torchmetrics
+
+from spark_nn.errors import ModelFileError, ParamError
+from spark_nn.outputs import Outputs
+from spark_nn.torch.losses import fitted
+from spark_nn.torch.trees import pack, unpack
+
+# Some are shorthands for classes whose names say more.
+_SHORT = {"mse": "meansquarederror", "mae": "meanabsoluteerror", "f1": "f1score", "auc": "auroc"}
+
+
+class Tally:
+    """The loss of rows, added up, and what metrics have counted of them.
+
+    Parameters
+    ----------
+    metrics : list or dict or None
+        As the param `metrics` takes them.
+    outputs : dict of str to Output
+        What the network puts out.
+    device : torch.device
+        Where it computes.
+    """
+
+    def __init__(self, metrics: Any, outputs: Outputs, device: Any) -> None:
+        self._outputs = outputs
+        self._metrics = {
+            name: (each if isinstance(each, torchmetrics.Metric) else _Mean(each)).to(device)
+            for name, each in made(metrics, outputs).items()
+        }
+        # A number of this process's where it can be read at once, and a tensor where reading waits for the device.
+        self._near = device.type == "cpu"
+        self._sum: Any = 0.0 if self._near else torch.zeros((), dtype=torch.float64, device=device)
+        self._rows = 0
+        self._zero = self._sum
+
+    def add_loss(self, loss: Any, rows: int) -> float | None:
+        """Count the mean loss of rows; return it where it can be read without waiting."""
+        self._rows += rows
+        if not self._near:
+            self._sum = self._sum + loss.detach().double() * rows
+            return None
+        value: float = loss.item()
+        self._sum += value * rows
+        return value
+
+    def add(self, put_out: Any, targets: Any) -> None:
+        """Let the metrics count rows."""
+        if not self._metrics:
+            return
+        with torch.no_grad():
+            preds, labels = _readable(put_out, targets, self._outputs)
+            for metric in self._metrics.values():
+                metric.update(preds, labels)
+
+    @property
+    def finite(self) -> bool:
+        """Whether the loss of all rows so far is a finite number."""
+        return bool(np.isfinite(float(self._sum)))
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        self._sum, self._rows = self._zero, 0
+        for metric in self._metrics.values():
+            metric.reset()
+
+    def state(self) -> bytes:
+        """What was counted, to be sent."""
+        parts = [
+            [{"states": _states(part), "updates": part._update_count} for part in _parts(metric)]
+            for metric in self._metrics.values()
+        ]
+        described, tensors = pack({"loss": [float(self._sum), self._rows], "metrics": parts})
+        header = [described, [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors]]
+        raw = b"".join(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors)
+        return json.dumps(header).encode() + b"\n" + raw
+
+    def take(self, states: Sequence[bytes]) -> None:
+        """Count what several processes, or this one at another time, have counted, in place of what was.
+
+        Raises
+        ------
+        ModelFileError
+            They have counted other things.
+        """
+        found = [_unpacked(each) for each in states]
+        if any(len(each["metrics"]) != len(self._metrics) for each in found):
+            raise ModelFileError("other metrics were counted elsewhere: every executor needs the same packages")
+        total = np.sum([each["loss"] for each in found], axis=0)
+        self._rows = int(total[1])
+        self._sum = self._zero + float(total[0])
+        for place, metric in enumerate(self._metrics.values()):
+            for number, part in enumerate(_parts(metric)):
+                _combine(part, [each["metrics"][place][number] for each in found])
+
+    def results(self) -> dict[str, Any]:
+        """The values of loss and metrics over all that was counted, by name."""
+        values: dict[str, Any] = {"loss": float(self._sum) / self._rows if self._rows else float("nan")}
+        for name, metric in self._metrics.items():
+            found = metric.compute()
+            for key, value in (found if isinstance(found, dict) else {"": found}).items():
+                array = torch.as_tensor(value).double().cpu().numpy()
+                values[f"{name}_{key}" if key else name] = float(array) if array.ndim == 0 else array.tolist()
+        return values
+
+
+class _Mean(torchmetrics.Metric):  # type: ignore[misc]
+    """The mean over rows of a function that gives that of some rows.
+
+    Parameters
+    ----------
+    function : callable
+        Takes what was predicted and the labels.
+    """
+
+    full_state_update = False
+
+    def __init__(self, function: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.function = function
+        for name in ("total", "rows"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), "sum")
+
+    def update(self, preds: Any, labels: Any) -> None:
+        rows = len(next(iter(preds.values())) if isinstance(preds, dict) else preds)
+        self.total += torch.as_tensor(self.function(preds, labels)).double() * rows
+        self.rows += rows
+
+    def compute(self) -> Any:
+        return self.total / self.rows
+
+
+def made(given: Any, outputs: Outputs) -> dict[str, Any]:
+    """The metrics that a param names: torchmetrics' own, or functions; by the names that the history gives them.
+
+    Raises
+    ------
+    ParamError
+        torchmetrics has none of that name, or it needs arguments; or two have the same name.
+    """
+    named = given if isinstance(given, dict) else {}
+    pairs = [*named.items()] if named else [(_name(each), each) for each in given or []]
+    result: dict[str, Any] = {}
+    for name, each in pairs:
+        if name in result or name == "loss":
+            raise ParamError(f"metrics has two values of the name {name!r}: give a dict of names to metrics")
+        result[name] = _by_name(each, outputs) if isinstance(each, str) else each
+        if isinstance(each, torchmetrics.Metric):
+            result[name] = each.clone()
+            result[name].reset()
+    return result
+
+
+def _by_name(name: str, outputs: Outputs) -> Any:
+    wanted = name.lower().replace("_", "")
+    wanted = _SHORT.get(wanted, wanted)
+    known = {each.lower(): each for each in torchmetrics.__all__ if isinstance(getattr(torchmetrics, each), type)}
+    kinds = {each.lower(): each for each in torchmetrics.classification.__all__}
+    if wanted not in {**known, **kinds}:
+        raise ParamError(
+            f"metrics={name!r}: torchmetrics has no metric of this name; give one of its classes' names, such as "
+            "'accuracy', 'auroc' or 'mean_absolute_error', an instance, or a function of predictions and labels"
+        )
+    if len(outputs) > 1:
+        raise ParamError(
+            f"metrics={name!r}: the model has several outputs, which no metric takes together: give a function of the "
+            "dicts of predictions and labels"
+        )
+    (output,) = outputs.values()
+    arguments: dict[str, Any] = {}
+    if wanted in known and hasattr(torchmetrics.classification, f"Binary{known[wanted]}"):
+        if output.kind not in ("binary", "multiclass"):
+            raise ParamError(
+                f"metrics={name!r} is one of classes, and the model's output is {output.kind!r}: set outputKind, or "
+                "give an instance of a metric"
+            )
+        cls = getattr(torchmetrics.classification, f"{output.kind.capitalize()}{known[wanted]}", None)
+        cls = cls or getattr(torchmetrics, known[wanted])
+    else:
+        cls = (
+            getattr(torchmetrics, known[wanted])
+            if wanted in known
+            else getattr(torchmetrics.classification, kinds[wanted])
+        )
+    if output.kind == "multiclass":
+        arguments["num_classes"] = output.shape[0]
+        if known.get(wanted) == "Accuracy":
+            arguments["average"] = "micro"  # the share of rows, as everywhere else
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ParamError(f"metrics={name!r} needs arguments ({error}): give an instance of it") from error
+
+
+def _name(metric: Any) -> str:
+    return metric if isinstance(metric, str) else getattr(metric, "__name__", type(metric).__name__)
+
+
+def _readable(put_out: Any, targets: Any, outputs: Outputs) -> tuple[Any, Any]:
+    """Predictions and labels as metrics take them: probabilities and classes, or numbers, one for each row."""
+    if isinstance(put_out, dict) and len(outputs) > 1:
+        return put_out, {name: fitted(each, put_out[name]) for name, each in targets.items()}
+    (output,) = outputs.values()
+    values = next(iter(put_out.values())) if isinstance(put_out, dict) else put_out
+    labels = fitted(next(iter(targets.values())) if isinstance(targets, dict) else targets, values)
+    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    if output.kind in ("binary", "regression"):
+        values, labels = values.reshape(-1), labels.reshape(-1)
+    if output.kind == "binary":
+        return (values.sigmoid() if output.logits else values), labels.long()
+    if output.kind == "multiclass":
+        labels = labels.argmax(1) if labels.shape == values.shape else labels
+        return (values.softmax(1) if output.logits else values), labels
+    return values, labels
+
+
+def _parts(metric: Any) -> list[Any]:
+    """A metric, and those that it is made of."""
+    return [each for each in metric.modules() if isinstance(each, torchmetrics.Metric)]
+
+
+def _states(metric: Any) -> dict[str, Any]:
+    """What a metric has counted; what it keeps of batch after batch as one."""
+    return {
+        name: [torch.cat([torch.atleast_1d(each) for each in value])] if isinstance(value, list) and value else value
+        for name, value in ((name, getattr(metric, name)) for name in metric._defaults)
+    }
+
+
+def _combine(metric: Any, found: Sequence[dict[str, Any]]) -> None:
+    """Give a metric what several have counted, as torchmetrics itself brings processes together."""
+    # One that has seen no rows has nothing to say, and would spoil a mean.
+    seen = [each for each in found if each["updates"]] or list(found[:1])
+    for name, reduction in metric._reductions.items():
+        values = [each["states"][name] for each in seen]
+        if isinstance(metric._defaults[name], list):
+            joined = [part for each in values for part in each]
+            setattr(metric, name, [torch.cat(joined).to(metric.device)] if joined else [])
+            continue
+        if len(values) > 1 and reduction is None:
+            raise ParamError(f"{type(metric).__name__} does not say how what several workers count becomes one")
+        value = values[0] if len(values) == 1 else reduction(torch.stack(values))
+        setattr(metric, name, value.to(metric.device))
+    metric._update_count = sum(each["updates"] for each in seen)
+    metric._computed = None
+
+
+def _unpacked(state: bytes) -> dict[str, Any]:
+    line, _, raw = state.partition(b"\n")
+    described, kinds = json.loads(line)
+    tensors, start = [], 0
+    for dtype, shape in kinds:
+        empty = torch.empty(shape, dtype=getattr(torch, dtype))
+        part = bytearray(raw[start : start + empty.nbytes])
+        start += empty.nbytes
+        tensors.append(torch.frombuffer(part, dtype=empty.dtype).reshape(shape) if part else empty)
+    found: dict[str, Any] = unpack(described, tensors)
+    return found

@@ -1,0 +1,179 @@
+"""Worker side: ranks begin alike, stay alike, and can go on from where they were."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from spark_nn.chance import STRIDE, random_state, set_random_state
+from spark_nn.checkpoint import Arrays, Checkpoints, Place
+from spark_nn.gang.context import GangContext
+from spark_nn.torch.metrics import Tally
+from spark_nn.torch.trees import pack, unpack
+
+
+def start_alike(gang: GangContext, module: Any, seed: int) -> None:
+    """Give every rank rank 0's weights and buffers, and random numbers of its own."""
+    for tensor in _tensors(module):
+        _broadcast(gang, tensor)
+    if gang.rank:
+        # Dropout on every rank must drop something else; rank 0 draws what a single process would.
+        torch.manual_seed((seed + gang.rank * STRIDE) % 2**63)
+
+
+def settle_buffers(gang: GangContext, module: Any) -> None:
+    """Average what layers track on their own rows, such as BatchNorm's running statistics."""
+    buffers = list(module.buffers())
+    if gang.world == 1 or len(set(gang.collective.all_gather(digest(buffers)))) == 1:
+        return
+    for buffer in buffers:
+        if buffer.is_floating_point():
+            wide = buffer.detach().to("cpu", torch.float64 if buffer.dtype is torch.float64 else torch.float32)
+            array = np.array(wide.numpy(), order="C")
+            gang.collective.all_reduce(array.reshape(-1), "mean")
+            with torch.no_grad():
+                buffer.copy_(torch.from_numpy(array))
+        else:
+            _broadcast(gang, buffer)
+
+
+def digest(tensors: Sequence[Any]) -> bytes:
+    """SHA-256 over tensors."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(_bytes(tensor).tobytes())
+    return found.digest()
+
+
+def weights_digest(module: Any) -> bytes:
+    """SHA-256 over the weights and buffers of a network."""
+    return digest(_tensors(module))
+
+
+class Keeper:
+    """Writes checkpoints of a training and brings it back to one.
+
+    Parameters
+    ----------
+    gang : GangContext
+        This rank's view of its gang.
+    checkpoints : Checkpoints
+        Where they go.
+    module : torch.nn.Module
+        The network.
+    states : dict
+        What else changes by the averaged gradient alone, and has a ``state_dict``: optimizer, scheduler, scaler.
+    tally : Tally
+        What has been counted in an epoch.
+    steps : int
+        Steps of an epoch.
+    """
+
+    def __init__(
+        self,
+        gang: GangContext,
+        checkpoints: Checkpoints,
+        module: Any,
+        states: dict[str, Any],
+        tally: Tally,
+        steps: int,
+    ) -> None:
+        self.gang = gang
+        self.checkpoints = checkpoints
+        self.module = module
+        self.states = states
+        self.tally = tally
+        self.steps = steps
+
+    def restore(self) -> Place:
+        """Go on from the last checkpoint, if there is one; return where."""
+        described = [[name, list(each.shape), str(each.dtype)] for name, each in self.module.state_dict().items()]
+        pack({name: each.state_dict() for name, each in self.states.items()}, "the state")  # refused now, or never
+        identity = hashlib.sha256(repr(described).encode()).hexdigest()
+        found = self.checkpoints.restore(model=identity)
+        if found is None:
+            self.checkpoints.begin(0)
+            return Place(0, 0)
+        for number, tensor in enumerate(_parameters(self.module)):
+            self._take(tensor, found.arrays.get(f"weight-{number}"))
+        tensors = []
+        for number, (dtype, shape) in enumerate(found.state["tensors"]):
+            tensors.append(torch.empty(shape, dtype=getattr(torch, dtype)))
+            self._take(tensors[-1], found.arrays.get(f"state-{number}"))
+        states = unpack(found.state["states"], tensors)
+        for name, each in self.states.items():
+            each.load_state_dict(states[name])
+        for number, buffer in enumerate(self.module.buffers()):
+            _assign(buffer, found.own[f"buffer-{number}"])
+        self.tally.take([found.own["tally"].tobytes()])
+        set_random_state(found.own)
+        torch.set_rng_state(torch.from_numpy(found.own["torch-state"]))
+        if "cuda-state" in found.own:
+            torch.cuda.set_rng_state(torch.from_numpy(found.own["cuda-state"]))
+        self.gang.progress.update(history=found.state["history"], seconds=found.state["seconds"])
+        self.checkpoints.begin(found.place.epoch * self.steps + found.place.step)
+        return found.place
+
+    def look(self, place: Place) -> None:
+        """Save a checkpoint if one is due; all ranks call it after the same steps."""
+        if self.checkpoints.due(place.epoch * self.steps + place.step):
+            self._save(place)
+
+    def _save(self, place: Place) -> None:
+        states, tensors = pack({name: each.state_dict() for name, each in self.states.items()})
+        progress = self.gang.progress.state
+        state = {
+            "history": progress.history,
+            "seconds": progress.seconds,
+            "states": states,
+            "tensors": [[str(each.dtype).removeprefix("torch."), list(each.shape)] for each in tensors],
+        }
+        alike: Arrays = {}
+        if self.gang.rank == 0:
+            alike = {f"weight-{number}": _bytes(each) for number, each in enumerate(_parameters(self.module))}
+            alike.update({f"state-{number}": _bytes(each) for number, each in enumerate(tensors)})
+        own = {f"buffer-{number}": _bytes(each) for number, each in enumerate(self.module.buffers())}
+        own["tally"] = np.frombuffer(self.tally.state(), np.uint8)
+        own["torch-state"] = torch.get_rng_state().numpy()
+        if torch.cuda.is_available():
+            own["cuda-state"] = torch.cuda.get_rng_state().numpy()
+        self.checkpoints.save(place, state, alike, {**own, **random_state()})
+
+    def _take(self, tensor: Any, raw: np.ndarray | None) -> None:
+        """Fill a tensor with what rank 0 has read, on all ranks."""
+        if raw is not None:
+            _assign(tensor, raw)
+        _broadcast(self.gang, tensor)
+
+
+def _parameters(module: Any) -> list[Any]:
+    return list(module.parameters())
+
+
+def _tensors(module: Any) -> list[Any]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _bytes(tensor: Any) -> np.ndarray:
+    """A tensor's content, whatever its type: NumPy does not know all of PyTorch's."""
+    flat = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1)
+    array: np.ndarray = flat.view(torch.uint8).numpy()
+    return array
+
+
+def _assign(tensor: Any, raw: np.ndarray) -> None:
+    if not tensor.numel():
+        return
+    with torch.no_grad():
+        tensor.copy_(torch.from_numpy(np.array(raw)).view(tensor.dtype).reshape(tensor.shape))
+
+
+def _broadcast(gang: GangContext, tensor: Any) -> None:
+    if gang.world > 1 and tensor.numel():
+        raw = _bytes(tensor)
+        gang.collective.broadcast(raw)
+        _assign(tensor, raw)
