@@ -9,17 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spark_nn.cluster import run
     from spark_nn.keras.estimator import KerasEstimator
     from spark_nn.keras.model import KerasModel
     from spark_nn.summary import TrainingSummary
 
 __version__ = "0.1.0"
-__all__ = ["KerasEstimator", "KerasModel", "TrainingSummary", "__version__"]
+__all__ = ["KerasEstimator", "KerasModel", "TrainingSummary", "__version__", "run"]
 
 _HOMES = {
     "KerasEstimator": "spark_nn.keras.estimator",
     "KerasModel": "spark_nn.keras.model",
     "TrainingSummary": "spark_nn.summary",
+    "run": "spark_nn.cluster",
 }
 
 
