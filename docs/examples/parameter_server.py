@@ -31,7 +31,7 @@ def main(spark):
     rows = (
         spark.range(1000).selectExpr("rand(1) AS a", "rand(2) AS b").selectExpr("a", "b", "2 * a - 3 * b + 1 AS label")
     )
-    return spark_nn.run(train, 0.2, 40, numWorkers=2, parameterServers=1, dataset=rows, inputCols=["a", "b"])
+    return spark_nn.run(train, 0.2, 20, numWorkers=2, parameterServers=1, dataset=rows, inputCols=["a", "b"])
 
 
 if __name__ == "__main__":

@@ -148,7 +148,8 @@ class RankContext:
 
         Every row comes once per epoch on one of the ranks that train, and all of them get equally many batches of equal
         sizes; where the rows do not divide equally, at most one row per rank comes twice. With parameter servers the
-        chief gets all rows, and hands batches to the workers. The evaluator gets all rows, in their order.
+        chief gets all rows, and hands batches to the workers. The evaluator gets all rows, in the same order each
+        time.
 
         Parameters
         ----------

@@ -73,8 +73,8 @@ class RankTask:
             else:
                 gang.progress.update(phase="function")
                 value = self._run(gang, context)
+                gang.progress.update(phase="end")
             result = values.left(gang, value) if gang.rank == 0 else None
-            gang.progress.update(phase="end")
             _leave_together(gang)
             for act in context.atEnd:
                 act()

@@ -17,13 +17,17 @@ def environment(context: RankContext) -> dict[str, str]:
     """Variables to set before the function runs."""
     cluster = {role: addresses for role, addresses in context.clusterSpec.items() if role != "evaluator"}
     task = {"type": context.role, "index": context.index}
-    return {
+    found = {
         "TF_CONFIG": json.dumps({"cluster": cluster, "task": task}),
         # The port is held until TensorFlow's server, which starts in this process, shares it.
         "TF_GRPC_REUSE_PORT": "true",
         # The gang's addresses are no business of a proxy's.
         "no_grpc_proxy": ",".join(sorted({_host(each) for some in cluster.values() for each in some})),
     }
+    if "ps" in cluster:
+        # A server with fewer threads than others that call it at the same time may wait for itself.
+        found["TF_NUM_INTEROP_THREADS"] = str(max(context.cpus, len(cluster.get("worker", [])) + 1))
+    return found
 
 
 def opened(context: RankContext, port: Port) -> None:
