@@ -73,10 +73,13 @@ class Job:
         The directory where the function finds and leaves things, its own.
     function : callable
         Takes the :class:`~spark_nn.gang.context.GangContext`; what it returns on rank 0 must fit in JSON.
+    apart : bool
+        Whether the ranks have no collective, but call rank 0, and all but that one may be lost.
     """
 
     run: RunDir
     function: Callable[[GangContext], Any]
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,7 @@ class Gang:
         TrainingError
             The Spark job was cancelled.
         """
-        works = [Work(job.run, cloudpickle.dumps(job.function), secrets.token_bytes(32)) for job in jobs]
+        works = [Work(job.run, cloudpickle.dumps(job.function), secrets.token_bytes(32), job.apart) for job in jobs]
         labels = [f"model {place + 1} of {len(jobs)}: " if len(jobs) > 1 else "" for place in range(len(jobs))]
         displays = [Display(verbose, label) for label in labels]
         waiting: dict[int, list[str]] = {place: [] for place in range(len(jobs))}  # and why they were begun again

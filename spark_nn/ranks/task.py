@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -93,13 +94,7 @@ class RankTask:
 
 def _room(framework: Framework) -> ModuleType:
     """The module that sets up a framework: ``environment``, ``opened`` and ``served``."""
-    if framework == "tensorflow":
-        from spark_nn.ranks import tensorflow as room
-    elif framework == "torch":
-        from spark_nn.ranks import torch as room
-    else:
-        from spark_nn.ranks import jax as room
-    return room
+    return importlib.import_module(f"spark_nn.ranks.{framework}")
 
 
 def _introduced(gang: GangContext) -> tuple[str, list[dict[str, Any]], Port]:
