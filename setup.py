@@ -41,6 +41,8 @@ CONNECT = ["grpcio>=1.76", "grpcio-status>=1.76", "googleapis-common-protos>=1.7
 EXTRAS = {
     "connect": CONNECT,
     "torch": ["torch>=2.9"],
+    # For functions given to `run`. 0.10 is what Gloo's addresses were tried with.
+    "jax": ["jax>=0.10,<0.11"],
     # What Keras exports ONNX files with. Keras makes up for what tf2onnx 1.17 lacks for NumPy 2.
     "onnx": ["tf2onnx>=1.17", "onnx>=1.16"],
     "examples": [
@@ -65,6 +67,8 @@ EXTRAS = {
         # Exports ONNX files, and computes what they hold.
         "tf2onnx>=1.17",
         "onnx>=1.16",
+        # Examples that run on it.
+        "jax>=0.10,<0.11",
         "ruff>=0.15",
         "mypy>=1.18",
         "pandas-stubs>=2.2",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 import socket
 from pathlib import Path
@@ -64,7 +65,12 @@ def descended(spark, rate=0.3, epochs=10, batch=1000, workers=2):
     return weights
 
 
-@pytest.mark.parametrize("name", ["mwms", "torch_ddp", "jax_distributed"])
+def needing(name, module):
+    missing = importlib.util.find_spec(module) is None
+    return pytest.param(name, marks=pytest.mark.skipif(missing, reason=f"{module} is not installed"))
+
+
+@pytest.mark.parametrize("name", ["mwms", needing("torch_ddp", "torch"), needing("jax_distributed", "jax")])
 def test_ranks_in_step_train_as_one_process_on_all_rows(four, name):
     found = example(name)(four)
     flat = np.concatenate([np.ravel(part) for part in found]) if isinstance(found, list) else found

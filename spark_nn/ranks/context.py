@@ -57,8 +57,8 @@ class RankContext:
         What this rank is for (``"ps"`` ranks run no function).
     index : int
         Its place among those of the same role, from 0.
-    localRank : int
-        Its place among those of the same host, from 0.
+    localRank, localWorld : int
+        Its place among the ranks of the same host, from 0, and how many these are.
     host : str
         The address it is reached at: loopback where all ranks are on one machine.
     clusterSpec : dict of str to list of str
@@ -90,7 +90,7 @@ class RankContext:
         self.world = gang.world
         self.role: Role
         self.role, self.index = cast.parts[gang.rank]
-        self.localRank = seat.localRank
+        self.localRank, self.localWorld = seat.localRank, seat.localWorld
         self.host = seat.host
         self.clusterSpec = cast.spec(seat.addresses)
         self.attempt = gang.attempt
@@ -101,7 +101,6 @@ class RankContext:
         self.framework = framework
         self._gang = gang
         self._cast = cast
-        self._seat = seat
         self._reading = reading
         self._stack = stack
         self._reported = time.monotonic()
@@ -110,7 +109,13 @@ class RankContext:
     @property
     def coordinator(self) -> str:
         """Address of rank 0, as ``host:port``."""
-        return self._seat.addresses[0]
+        return self.clusterSpec["chief"][0]
+
+    @property
+    def hosts(self) -> str:
+        """The addresses of all ranks' machines, with commas between."""
+        found = {each.rpartition(":")[0].strip("[]") for some in self.clusterSpec.values() for each in some}
+        return ",".join(sorted(found))
 
     def initialize(self, **options: Any) -> None:
         """Join the framework's own process group; all ranks call it, before the framework computes anything.

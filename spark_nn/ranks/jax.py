@@ -29,7 +29,7 @@ def environment(context: RankContext) -> dict[str, str]:
     """Variables to set before the function runs."""
     found = {
         "JAX_COORDINATOR_ADDRESS": context.coordinator,
-        "no_grpc_proxy": ",".join(sorted({each.rpartition(":")[0].strip("[]") for each in context._seat.addresses})),
+        "no_grpc_proxy": context.hosts,  # the gang's addresses are no business of a proxy's
     }
     # Without a card JAX would look for one of each kind.
     return found if os.environ.get("CUDA_VISIBLE_DEVICES") else {**found, "JAX_PLATFORMS": "cpu"}

@@ -22,7 +22,7 @@ def environment(context: RankContext) -> dict[str, str]:
         # The port is held until TensorFlow's server, which starts in this process, shares it.
         "TF_GRPC_REUSE_PORT": "true",
         # The gang's addresses are no business of a proxy's.
-        "no_grpc_proxy": ",".join(sorted({_host(each) for some in cluster.values() for each in some})),
+        "no_grpc_proxy": context.hosts,
     }
     if "ps" in cluster:
         # A server with fewer threads than others that call it at the same time may wait for itself.
@@ -42,7 +42,3 @@ def served(context: RankContext, port: Port) -> Any:
     return tf.distribute.Server(
         tf.train.ClusterSpec(cluster), job_name=context.role, task_index=context.index, protocol="grpc"
     )
-
-
-def _host(address: str) -> str:
-    return address.rpartition(":")[0].strip("[]")

@@ -30,7 +30,7 @@ def environment(context: RankContext) -> dict[str, str]:
         "RANK": str(context.rank),
         "WORLD_SIZE": str(context.world),
         "LOCAL_RANK": str(context.localRank),
-        "LOCAL_WORLD_SIZE": str(context._seat.localWorld),
+        "LOCAL_WORLD_SIZE": str(context.localWorld),
         # Rank 0 has the store already (see `opened`), and init_process_group must not start one on every address.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
