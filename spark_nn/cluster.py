@@ -14,7 +14,7 @@ from spark_nn.columns import Tensor
 from spark_nn.converters import boolean, choice, integer
 from spark_nn.dataset.lease import Source
 from spark_nn.dataset.materialize import Spec, check_count
-from spark_nn.errors import ClusterError, ParamError
+from spark_nn.errors import ParamError
 from spark_nn.gang.launch import Gang
 from spark_nn.params import TrainingParams
 from spark_nn.ranks import jax, tensorflow, torch, values
@@ -143,8 +143,9 @@ def run(
     cast = _cast(params.getNumWorkers(), parameterServers, evaluator, framework)
     _check_function(function, args)
     spark = _session(spark, dataset)
-    gang = Gang(spark, cast.world, params.getTimeout(), params.getMaxRetries(), useGpu)
-    _check_room(gang, cast)
+    others = cast.world - cast.workers
+    gang = Gang(spark, cast.world, params.getTimeout(), params.getMaxRetries(), useGpu, others)
+    gang.check()
     store = store_url(spark, storeUrl)
     spec = None if dataset is None else params.spec(dataset.schema, labelled=labels is not None or labelCol is not None)
     with ExitStack() as stack:
@@ -207,15 +208,3 @@ def _session(spark: SparkSession | None, dataset: DataFrame | None) -> SparkSess
     if found is None:
         raise ParamError("spark is not given and no session is active: give the session as spark=")
     return found
-
-
-def _check_room(gang: Gang, cast: Cast) -> None:
-    """Check that all ranks fit on the cluster at the same time."""
-    try:
-        gang.check()
-    except ClusterError as error:
-        if cast.world == cast.workers:
-            raise
-        counts = {role: sum(each == role for each, _ in cast.parts) for role in ("chief", "worker", "ps", "evaluator")}
-        named = ", ".join(f"{count} x {role}" for role, count in counts.items() if count)
-        raise ClusterError(f"a gang of {cast.world} tasks ({named}): {error}") from error

@@ -97,8 +97,9 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         schedule = self._schedule()
         spec = self._spec(dataset.schema, schedule)
         gpus = self.getUseGpu() if self.isDefined("useGpu") else None
-        world = self.getNumWorkers() + self._servers()
-        gang = Gang(dataset.sparkSession, world, self.getTimeout(), self.getMaxRetries(), gpus)
+        others = self._servers()
+        world = self.getNumWorkers() + others
+        gang = Gang(dataset.sparkSession, world, self.getTimeout(), self.getMaxRetries(), gpus, others)
         gang.check()
         store = store_url(dataset.sparkSession, self.getStoreUrl() if self.isDefined("storeUrl") else None)
         return _Fit(self, gang, store, spec, schedule, began, time.monotonic() - began)

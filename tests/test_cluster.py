@@ -190,7 +190,11 @@ def nothing(ctx):
         ({"parameterServers": -1}, ParamError, "parameterServers=-1: must be at least 0"),
         ({"numWorkers": 0}, ParamError, "numWorkers=0: must be at least 1"),
         ({"numWorkers": 5}, ClusterError, "numWorkers=5, but the cluster"),
-        ({"numWorkers": 3, "parameterServers": 1}, ClusterError, "a gang of 5 tasks .1 x chief, 3 x worker, 1 x ps"),
+        (
+            {"numWorkers": 3, "parameterServers": 1},
+            ClusterError,
+            "numWorkers=3 and 2 more .* runs 4 tasks at a time: use 2 or",
+        ),
         ({"timeout": 0.0}, ParamError, "timeout=0.0: must be above 0"),
         ({"dataset": 40, "featuresCol": "nowhere", "labelCol": None}, ColumnError, "nowhere"),
         ({"dataset": 1, "inputCols": ["id"], "numWorkers": 2, "labelCol": None}, DatasetError, "1 training row for"),

@@ -23,6 +23,8 @@ _MAGIC = b"snnV"
 _BYE = 255
 # Seconds between two looks at who is still there.
 _LOOK = 0.1
+# And between two at who has died.
+_LOOK_AFTER = 1.0
 
 # Answers a request: the caller's rank, the kind of request (0 to 254) and its body.
 Handler = Callable[[int, int, memoryview], bytes]
@@ -116,18 +118,28 @@ class Hall:
         with self._lock:
             return {rank for rank in others - self.lost if rank in self._here or rank not in self._came}
 
-    def serve(self) -> None:
-        """Serve until nobody is expected any more; raise what a handler has raised."""
+    def serve(self, gone: Callable[[], set[int]] = set) -> None:
+        """Serve until nobody is expected any more; raise what a handler has raised.
+
+        Parameters
+        ----------
+        gone : callable
+            Tells the ranks that are known to have died: they will not come any more.
+        """
         until = time.monotonic() + self._gang.timeout
+        looked = time.monotonic()
         self._listener.settimeout(_LOOK)
         try:
             while self.expected and self._error is None:
                 with contextlib.suppress(TimeoutError):
                     sock, _ = self._listener.accept()
                     threading.Thread(target=self._receive, args=(sock,), daemon=True).start()
-                if time.monotonic() > until:
+                now = time.monotonic()
+                if now > until or now > looked + _LOOK_AFTER:
+                    missing = set(range(1, self._gang.world)) if now > until else gone()
+                    looked = now
                     with self._lock:
-                        self.lost |= set(range(1, self._gang.world)) - self._came
+                        self.lost |= missing - self._came
         finally:
             self._listener.close()
             with self._lock:

@@ -31,7 +31,7 @@ from pyspark import BarrierTaskContext, SparkFiles, TaskContext
 
 from spark_nn.errors import ClusterError, PeerLost, StoreError
 from spark_nn.gang.context import CARDS, attempt_folder
-from spark_nn.gang.failure import Failure
+from spark_nn.gang.failure import LOST, Failure
 from spark_nn.gang.forkserver import ForkServer, scratch_folder
 from spark_nn.gang.process import Silence, started
 from spark_nn.gang.ring import listen
@@ -160,7 +160,10 @@ class GangTask:
             )
             failure = replace(failure, log=_tail(log))
             if work.apart and rank and failure.kind == "died":
-                return  # rank 0 goes on without it
+                with contextlib.suppress(StoreError):  # rank 0 will find out by itself, and later
+                    left.mkdir(LOST)
+                    failure.note(left)
+                return
             # The store may be what failed: then Spark's own message brings the news.
             with contextlib.suppress(StoreError):
                 failure.save(left)

@@ -22,7 +22,8 @@ from spark_nn.dataset.manifest import Manifest, Split
 from spark_nn.dataset.stream import Stream
 from spark_nn.errors import PeerLost
 from spark_nn.gang.collective import Alone
-from spark_nn.gang.context import GangContext
+from spark_nn.gang.context import GangContext, attempt_folder
+from spark_nn.gang.failure import lost_ranks
 from spark_nn.gang.visits import Hall, Visit
 from spark_nn.keras import codec
 from spark_nn.keras.describe import describe_outputs
@@ -87,7 +88,7 @@ class ParameterTrainer(KerasTrainer):
         hall = Hall(gang, server.answer, server.limit)
         server.hall = hall
         gang.progress.update(phase="serving")
-        hall.serve()
+        hall.serve(lambda: lost_ranks(attempt_folder(gang.run, gang.attempt)))
         server.finish()
         if len(hall.lost) == gang.world - 1:
             raise PeerLost(f"all {gang.world - 1} workers were lost before they had come to the end of their epochs")

@@ -27,7 +27,8 @@ def hall():
     """A hall for two visitors that adds up what they send, and what has become of serving."""
     listener = listen("127.0.0.1")
     address = listener.getsockname()[:2]
-    seen = []
+    seen: list = []
+    dead: list = []
 
     def answer(rank, kind, body):
         if kind == 9:
@@ -40,14 +41,14 @@ def hall():
 
     def serve():
         try:
-            hall.serve()
+            hall.serve(lambda: {1} if dead else set())
             ended.append(None)
         except BaseException as error:  # noqa: BLE001
             ended.append(error)
 
     thread = threading.Thread(target=serve)
     thread.start()
-    yield SimpleNamespace(hall=hall, address=address, seen=seen, ended=ended, thread=thread)
+    yield SimpleNamespace(hall=hall, address=address, seen=seen, ended=ended, thread=thread, dead=dead)
     thread.join(20)
     assert not thread.is_alive()
 
@@ -83,6 +84,16 @@ def test_strangers_are_heard_by_nobody_and_who_never_comes_is_lost(hall):
     hall.thread.join(10)
     assert hall.hall.lost == {1, 2}
     assert hall.seen == []
+
+
+def test_who_is_known_to_have_died_is_not_waited_for(hall):
+    hall.dead.append(1)
+    began = time.monotonic()
+    second = Visit(gang(2, 3, hall.address), 1000)
+    second.close()
+    hall.thread.join(10)
+    assert hall.hall.lost == {1}
+    assert time.monotonic() - began < 4  # and not only after the timeout
 
 
 def test_an_error_of_the_answerer_ends_all(hall):

@@ -11,11 +11,11 @@ import pytest
 from pyspark.sql import functions as F
 
 from spark_nn import KerasEstimator
-from spark_nn.errors import ParamError, TrainingError
+from spark_nn.errors import ClusterError, ParamError, TrainingError
 from tests.failure.processes import Later, no_rank_is_left, rank_process
 
 pytestmark = pytest.mark.timeout(240)
-ROWS, BATCH, WORKERS = 2000, 40, 2
+ROWS, BATCH, WORKERS = 2000, 80, 2
 STEPS = ROWS // BATCH  # of either worker in an epoch
 
 
@@ -119,3 +119,5 @@ def test_what_workers_that_do_not_wait_cannot_do_is_refused(rows, store, params,
         estimator(store, **params).fit(rows)
     with pytest.raises(ParamError, match="parameterServers=2: must be one of 0, 1"):
         KerasEstimator(parameterServers=2)
+    with pytest.raises(ClusterError, match="numWorkers=4 and 1 more .* runs 4 tasks at a time: use 3 or fewer"):
+        estimator(store, numWorkers=4).fit(rows)
