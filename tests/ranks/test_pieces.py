@@ -94,19 +94,41 @@ def reaches(host, port, family=socket.AF_INET, rest=()):
     return True
 
 
+def listening_everywhere(port):
+    """A server as gRPC's: on every address, of both kinds."""
+    server = socket.socket(socket.AF_INET6)
+    server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    server.bind(("::", port.number))
+    server.listen()
+    return server
+
+
+def outside():
+    found = [each for each in local_addresses() if not each[0].startswith("127.") and each[0] != "::1"]
+    assert found, "this machine has no address but loopback: nothing can be shown"
+    return found
+
+
+def reached(address, port):
+    host, _, *rest = address
+    return reaches(host, port.number, socket.AF_INET6 if ":" in host else socket.AF_INET, rest)
+
+
 def test_a_port_lets_nobody_in_from_outside_whatever_listens_there():
     port = Port("127.0.0.1")
-    outside = [each for each in local_addresses() if not each[0].startswith("127.") and each[0] != "::1"]
-    assert outside, "this machine has no address but loopback: nothing can be shown"
-    # As gRPC does: on every address, of both kinds.
-    with socket.socket(socket.AF_INET6) as server:
-        server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        server.bind(("::", port.number))
-        server.listen()
+    with listening_everywhere(port):
         assert reaches("127.0.0.1", port.number)
-        for host, _, *rest in outside:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            assert not reaches(host, port.number, family, rest), host
+        assert [address for address in outside() if reached(address, port)] == []
         port.close()
-        assert reaches(outside[0][0], port.number)  # so it is the guards that keep strangers out
+        assert reached(outside()[0], port)  # so it is the guards that keep strangers out
+
+
+def test_a_port_of_several_machines_is_reached_at_the_address_of_the_task_alone():
+    own, *others = outside()
+    port = Port(own[0])
+    with listening_everywhere(port):
+        assert port.address == f"{own[0]}:{port.number}"
+        assert reached(own, port)
+        assert [address for address in others if reached(address, port)] == []
+    port.close()
