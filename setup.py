@@ -48,6 +48,8 @@ EXTRAS = {
         # Metrics that say how what several workers have counted becomes one.
         "torchmetrics>=1.4",
     ],
+    # For functions given to `run`. 0.10 is what Gloo's addresses were tried with.
+    "jax": ["jax>=0.10,<0.11"],
     # What Keras exports ONNX files with. Keras makes up for what tf2onnx 1.17 lacks for NumPy 2.
     "onnx": ["tf2onnx>=1.17", "onnx>=1.16"],
     "examples": [
@@ -75,6 +77,8 @@ EXTRAS = {
         # Exports ONNX files, and computes what they hold.
         "tf2onnx>=1.17",
         "onnx>=1.16",
+        # Examples that run on it.
+        "jax>=0.10,<0.11",
         "ruff>=0.15",
         "mypy>=1.18",
         "pandas-stubs>=2.2",

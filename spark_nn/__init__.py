@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spark_nn.cluster import run
     from spark_nn.keras.estimator import KerasEstimator
     from spark_nn.keras.model import KerasModel
     from spark_nn.summary import TrainingSummary
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from spark_nn.torch.model import TorchModel
 
 __version__ = "0.1.0"
-__all__ = ["KerasEstimator", "KerasModel", "TorchEstimator", "TorchModel", "TrainingSummary", "__version__"]
+__all__ = ["KerasEstimator", "KerasModel", "TorchEstimator", "TorchModel", "TrainingSummary", "__version__", "run"]
 
 _HOMES = {
     "KerasEstimator": "spark_nn.keras.estimator",
@@ -24,6 +25,7 @@ _HOMES = {
     "TorchEstimator": "spark_nn.torch.estimator",
     "TorchModel": "spark_nn.torch.model",
     "TrainingSummary": "spark_nn.summary",
+    "run": "spark_nn.cluster",
 }
 
 

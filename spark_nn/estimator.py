@@ -53,6 +53,10 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
     def _newModel(self) -> M:
         """An empty model."""
 
+    def _servers(self) -> int:
+        """Ranks beside the workers."""
+        return 0
+
     def _fit(self, dataset: DataFrame) -> M:
         ((_, model),) = Fits(dataset, [self._checked(dataset)])
         return model
@@ -93,7 +97,9 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         schedule = self._schedule()
         spec = self._spec(dataset.schema, schedule)
         gpus = self.getUseGpu() if self.isDefined("useGpu") else None
-        gang = Gang(dataset.sparkSession, self.getNumWorkers(), self.getTimeout(), self.getMaxRetries(), gpus)
+        others = self._servers()
+        world = self.getNumWorkers() + others
+        gang = Gang(dataset.sparkSession, world, self.getTimeout(), self.getMaxRetries(), gpus, others)
         gang.check()
         store = store_url(dataset.sparkSession, self.getStoreUrl() if self.isDefined("storeUrl") else None)
         return _Fit(self, gang, store, spec, schedule, began, time.monotonic() - began)
@@ -168,7 +174,7 @@ class _Fit(Generic[M]):
             rows=manifest.rows("train"),
             validationRows=manifest.rows("validation"),
             skippedRows=manifest.skipped,
-            numWorkers=self.gang.world,
+            numWorkers=self.estimator.getNumWorkers(),
             rowsPerSecond=trained.rowsPerSecond,
             epochSeconds=trained.epochSeconds,
             restarts=outcome.restarts,

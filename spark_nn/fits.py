@@ -147,7 +147,10 @@ def _train_together(
                 continue
             data[place], seconds[place] = leased, time.monotonic() - began
         places = list(data)
-        jobs = [Job(runs[place], functools.partial(trainers[place], data=data[place].run)) for place in places]
+        jobs = [
+            Job(runs[place], functools.partial(trainers[place], data=data[place].run), trainers[place].apart)
+            for place in places
+        ]
         for index, outcome in gang.runAll(jobs, run, home=home, verbose=verbose):
             place = places[index]
             if isinstance(outcome, SparkNNError):

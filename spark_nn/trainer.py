@@ -106,6 +106,8 @@ class Trainer(ABC):
     environment: ClassVar[dict[str, str]] = {}
     # What may be done once per executor, before it is known what to train: imports, as ``module:function``.
     preload: ClassVar[tuple[str, ...]] = ()
+    # Whether ranks have no collective, but call rank 0, and all but that one may be lost.
+    apart: ClassVar[bool] = False
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule

@@ -6,10 +6,12 @@ import os
 import signal
 import threading
 
+import numpy as np
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from pyspark.sql import functions as F
 
+import spark_nn
 from spark_nn import disk
 from spark_nn.disk import Disk
 from spark_nn.errors import ClusterError, ModelFileError, TrainingError
@@ -181,3 +183,17 @@ def test_ctrl_c_ends_the_ranks(connect, store):
         estimator(store, numWorkers=2, stepSeconds=0.2, epochs=1000).fit(data(connect))
     other.join()
     no_rank_is_left()
+
+
+def counts(ctx):
+    return [ctx.world, sum(len(x) for x, _ in ctx.batches(10)), np.ones(2)]
+
+
+def test_a_function_of_ones_own_runs_on_a_gang(connect, store):
+
+    rows = connect.range(40).selectExpr("double(id) AS a", "double(id) AS label")
+    world, seen, array = spark_nn.run(
+        counts, numWorkers=2, dataset=rows, inputCols=["a"], storeUrl=store, verbose=0, maxRetries=0
+    )
+    assert (world, seen) == (2, 20)
+    assert array.tolist() == [1, 1]

@@ -23,8 +23,8 @@ import cloudpickle
 import numpy as np
 
 from spark_nn.errors import ClusterError, PeerLost
-from spark_nn.gang.collective import Alone, Collective
-from spark_nn.gang.context import RESULT, GangContext, attempt_folder
+from spark_nn.gang.collective import Alone, Apart, Collective
+from spark_nn.gang.context import RESULT, GangContext, Peers, attempt_folder
 from spark_nn.gang.failure import Failure
 from spark_nn.gang.forkserver import die_with_parent, name_process
 from spark_nn.gang.progress import Reporter
@@ -73,7 +73,8 @@ def _obey(sock: socket.socket, order: dict[str, Any], function: bytes, listener:
     threading.Thread(target=_give_signs, args=(line, progress, order["timeout"]), daemon=True).start()
     collective: Collective | None = None
     try:
-        collective = _join(order, listener)
+        peers = _peers(order, listener) if order["apart"] else None
+        collective = Apart(rank, len(order["addresses"])) if peers is not None else _join(order, listener)
         context = GangContext(
             rank=rank,
             world=collective.world,
@@ -86,6 +87,7 @@ def _obey(sock: socket.socket, order: dict[str, Any], function: bytes, listener:
             run=run,
             collective=collective,
             progress=progress,
+            peers=peers,
         )
         began = time.time()
         value = _function(function)(context)
@@ -121,6 +123,14 @@ def _function(pickled: bytes) -> Any:
             f"what is to be run needs the module {error.name!r}, which this worker does not have: install it for the "
             f"executors' Python, or send it with spark.addArtifacts('{error.name}.py', pyfile=True)"
         ) from error
+
+
+def _peers(order: dict[str, Any], listener: socket.socket) -> Peers:
+    """What a rank without a collective needs to call rank 0, or to be called."""
+    host, port = order["addresses"][0]
+    if order["rank"]:
+        listener.close()
+    return Peers(bytes.fromhex(order["secret"]), (host, port), None if order["rank"] else listener)
 
 
 def _join(order: dict[str, Any], listener: socket.socket) -> Collective:

@@ -162,6 +162,18 @@ class Alone(Collective):
         """See `Collective.close`."""
 
 
+class Apart(Alone):
+    """A gang whose ranks have nothing to exchange with each other: each is alone, whatever their number."""
+
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank = rank
+        self.world = world
+
+    def broadcast(self, buffer: NDArray[Any], root: int = 0) -> None:
+        """See `Collective.broadcast`."""
+        flattened(buffer)
+
+
 def flattened(buffer: NDArray[Any], op: str | None = None) -> NDArray[Any]:
     """Return the buffer as one dimension of the same memory, if it is one that can be exchanged."""
     if buffer.dtype not in CODES:

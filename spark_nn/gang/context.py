@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import socket
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from spark_nn.gang.collective import Collective
@@ -23,6 +24,25 @@ def attempt_folder(run: RunDir, attempt: int) -> RunDir:
 def attempt_name(attempt: int) -> str:
     """Name of that folder in the run directory."""
     return f"attempt-{attempt}"
+
+
+@dataclass(frozen=True)
+class Peers:
+    """How ranks that have no collective reach rank 0.
+
+    Parameters
+    ----------
+    secret : bytes
+        What callers and rank 0 prove to each other to know.
+    address : tuple of (str, int)
+        Where rank 0 listens.
+    listener : socket.socket or None
+        The socket that it listens on; on rank 0 alone.
+    """
+
+    secret: bytes = field(repr=False)
+    address: tuple[str, int]
+    listener: socket.socket | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +73,8 @@ class GangContext:
         Exchange with the other ranks.
     progress : Reporter
         Tells the driver how far training is.
+    peers : Peers or None
+        How to reach rank 0, where the ranks have no collective.
     """
 
     rank: int
@@ -66,3 +88,4 @@ class GangContext:
     run: RunDir
     collective: Collective
     progress: Reporter
+    peers: Peers | None = None

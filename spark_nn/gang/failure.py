@@ -13,6 +13,7 @@ from spark_nn.errors import PeerLost, StoreError
 from spark_nn.store import RunDir
 
 FOLDER = "failures"
+LOST = "lost"
 _MARK = "spark_nn failure: "
 
 
@@ -73,6 +74,10 @@ class Failure:
         """The failure as a line among others, for where the store cannot take it."""
         return f"{_MARK}{json.dumps(asdict(self))}"
 
+    def note(self, run: RunDir) -> None:
+        """Leave it for the others, who go on without this rank."""
+        run.writeJson(f"{LOST}/rank-{self.rank}.json", asdict(self))
+
     @classmethod
     def fromText(cls, text: str) -> Failure | None:
         """The failure in a text, None where it holds none."""
@@ -88,6 +93,11 @@ class Failure:
         """The failure that a rank left, None where it left none."""
         value = run.readJson(f"{FOLDER}/rank-{rank}.json")
         return None if value is None else cls(**value)
+
+
+def lost_ranks(run: RunDir) -> set[int]:
+    """Ranks that died, and that the others go on without."""
+    return {int(name.removeprefix("rank-").removesuffix(".json")) for name in run.names(LOST) if name.endswith(".json")}
 
 
 def first_failure(run: RunDir, world: int, patience: float) -> Failure | None:

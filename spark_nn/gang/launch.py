@@ -73,10 +73,13 @@ class Job:
         The directory where the function finds and leaves things, its own.
     function : callable
         Takes the :class:`~spark_nn.gang.context.GangContext`; what it returns on rank 0 must fit in JSON.
+    apart : bool
+        Whether the ranks have no collective, but call rank 0, and all but that one may be lost.
     """
 
     run: RunDir
     function: Callable[[GangContext], Any]
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ class Gang:
         How often to begin again after a failure that is not the function's.
     gpus : bool or None
         Whether every task must have a GPU, or none may see one; None for what Spark assigns.
+    others : int
+        How many of the tasks are not workers, such as parameter servers.
     """
 
     spark: SparkSession
@@ -102,6 +107,7 @@ class Gang:
     timeout: float = 600.0
     retries: int = 0
     gpus: bool | None = None
+    others: int = 0
 
     def check(self) -> None:
         """Check that the cluster can run all tasks at the same time.
@@ -129,10 +135,11 @@ class Gang:
         slots = self._slots(_REGISTRATION)
         if slots is not None and slots < self.world:
             master = self.spark.conf.get("spark.master", "")
+            more = f" and {self.others} more for their chief, parameter servers or evaluator" if self.others else ""
             raise ClusterError(
-                f"numWorkers={self.world}, but the cluster (master {master!r}) runs {slots} "
-                f"task{'s' if slots != 1 else ''} at a time: use {max(slots, 1)} or fewer workers, or give "
-                "the session more cores (local[n], or executors x spark.executor.cores / spark.task.cpus)"
+                f"numWorkers={self.world - self.others}{more}, but the cluster (master {master!r}) runs {slots} "
+                f"task{'s' if slots != 1 else ''} at a time: use {max(slots - self.others, 1)} or fewer workers, or "
+                "give the session more cores (local[n], or executors x spark.executor.cores / spark.task.cpus)"
             )
 
     def home(self, variables: dict[str, str], preload: tuple[str, ...]) -> Home:
@@ -228,7 +235,7 @@ class Gang:
         TrainingError
             The Spark job was cancelled.
         """
-        works = [Work(job.run, cloudpickle.dumps(job.function), secrets.token_bytes(32)) for job in jobs]
+        works = [Work(job.run, cloudpickle.dumps(job.function), secrets.token_bytes(32), job.apart) for job in jobs]
         labels = [f"model {place + 1} of {len(jobs)}: " if len(jobs) > 1 else "" for place in range(len(jobs))]
         displays = [Display(verbose, label) for label in labels]
         waiting: dict[int, list[str]] = {place: [] for place in range(len(jobs))}  # and why they were begun again

@@ -185,7 +185,7 @@ class _Attempt:
             _LOG.debug("progress could not be read", exc_info=True)
 
     def draw(self, state: State) -> None:
-        if state.epoch:  # training has begun, and what is finished by now was taken over
+        if state.epoch or state.seconds:  # training has begun, and what is finished by now was taken over
             self.lines = max(self.lines, min(self._told, len(state.seconds)))
             self._told = 0
             while self.lines < len(state.seconds):
@@ -204,7 +204,9 @@ def _line(state: State, epoch: int) -> str:
     values = "  ".join(
         f"{name} {series[epoch]:.4f}"
         for name, series in state.history.items()
-        if epoch < len(series) and not isinstance(series[epoch], list)
+        if epoch < len(series) and isinstance(series[epoch], (int, float))
     )
+    if not state.rows:  # what the user's own function reports need not be an epoch
+        return f"report {epoch + 1}  {values}"
     speed = state.rows / state.seconds[epoch] if state.seconds[epoch] else 0.0
     return f"epoch {epoch + 1}/{state.epochs}  {values}  {speed:,.0f} rows/s"

@@ -38,7 +38,7 @@ _HELLO = struct.Struct("<8sHHH")  # magic with the format's version, world, call
 _NONCE = 32
 _PROOF = 32
 _WELCOME = b"welcome\n"
-_INTRODUCTION_LIMIT = 5.0  # seconds a caller has to prove itself
+INTRODUCTION_LIMIT = 5.0  # seconds a caller has to prove itself
 
 
 class Kind(IntEnum):
@@ -279,12 +279,12 @@ def form(
         return thread.submit(asyncio.run, _form(rank, addresses, listener, secret, timeout)).result()
 
 
-class _StrangerError(Exception):
+class StrangerError(Exception):
     """Whoever is at the other end could not prove to be the neighbour."""
 
 
 @dataclass(frozen=True)
-class _Pledge:
+class Pledge:
     """What the two ends of one connection know beforehand and prove to each other.
 
     A proof covers both ranks, both nonces and the role: it cannot be replayed, sent back or used elsewhere.
@@ -297,9 +297,11 @@ class _Pledge:
 
     @property
     def hello(self) -> bytes:
+        """What the caller begins with."""
         return _HELLO.pack(b"snnRing1", self.world, self.caller, self.answerer)
 
     def proof(self, role: bytes, nonces: bytes) -> bytes:
+        """What shows that an end knows the secret, in its role and after these nonces."""
         return hmac.digest(self.secret, role + self.hello + nonces, "sha256")
 
     async def call(self, sock: socket.socket) -> None:
@@ -310,22 +312,32 @@ class _Pledge:
         reply = await _read_exactly(sock, _NONCE + _PROOF)
         nonces = nonce + reply[:_NONCE]
         if not hmac.compare_digest(reply[_NONCE:], self.proof(b"answerer", nonces)):
-            raise _StrangerError("it does not know the run's secret")
+            raise StrangerError("it does not know the run's secret")
         await loop.sock_sendall(sock, self.proof(b"caller", nonces))
         if await _read_exactly(sock, len(_WELCOME)) != _WELCOME:
-            raise _StrangerError("it gave no welcome")
+            raise StrangerError("it gave no welcome")
 
-    async def answer(self, sock: socket.socket) -> None:
+    @classmethod
+    async def of_caller(cls, sock: socket.socket, secret: bytes, world: int) -> Pledge:
+        """Hear out whoever calls rank 0, and prove both; the pledge names the caller."""
+        hello = await _read_exactly(sock, _HELLO.size)
+        pledge = cls(secret, world, _HELLO.unpack(hello)[2], 0)
+        if not 0 < pledge.caller < world:
+            raise StrangerError("it is no rank")
+        await pledge.answer(sock, hello)
+        return pledge
+
+    async def answer(self, sock: socket.socket, hello: bytes = b"") -> None:
         """Hear a caller out and prove this rank, then have the caller prove itself."""
         loop = asyncio.get_running_loop()
-        hello = await _read_exactly(sock, len(self.hello))
+        hello = hello or await _read_exactly(sock, len(self.hello))
         if hello != self.hello:
-            raise _StrangerError("it is not the rank expected")
+            raise StrangerError("it is not the rank expected")
         nonces = await _read_exactly(sock, _NONCE) + secrets.token_bytes(_NONCE)
         await loop.sock_sendall(sock, nonces[_NONCE:] + self.proof(b"answerer", nonces))
         proof = await _read_exactly(sock, _PROOF)
         if not hmac.compare_digest(proof, self.proof(b"caller", nonces)):
-            raise _StrangerError("it does not know the run's secret")
+            raise StrangerError("it does not know the run's secret")
         await loop.sock_sendall(sock, _WELCOME)
 
 
@@ -335,8 +347,8 @@ async def _form(
     world = len(addresses)
     before, after = (rank - 1) % world, (rank + 1) % world
     trouble: list[str] = []
-    answering = asyncio.create_task(_answer(listener, _Pledge(secret, world, before, rank)))
-    calling = asyncio.create_task(_call(addresses[after], _Pledge(secret, world, rank, after), trouble))
+    answering = asyncio.create_task(_answer(listener, Pledge(secret, world, before, rank)))
+    calling = asyncio.create_task(call(addresses[after], Pledge(secret, world, rank, after), trouble))
     done, missing = await asyncio.wait((answering, calling), timeout=timeout, return_when=asyncio.FIRST_EXCEPTION)
     for task in missing:
         task.cancel()
@@ -359,7 +371,7 @@ async def _form(
     raise PeerLost(text)
 
 
-async def _call(address: Address, pledge: _Pledge, trouble: list[str]) -> socket.socket:
+async def call(address: Address, pledge: Pledge, trouble: list[str]) -> socket.socket:
     """Call the next rank until it answers as it should: it may not listen yet, or something else may."""
     loop = asyncio.get_running_loop()
     for attempt in itertools.count():
@@ -371,20 +383,20 @@ async def _call(address: Address, pledge: _Pledge, trouble: list[str]) -> socket
                 sock.setblocking(False)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-                async with asyncio.timeout(_INTRODUCTION_LIMIT):  # better call again than wait on a lost packet
+                async with asyncio.timeout(INTRODUCTION_LIMIT):  # better call again than wait on a lost packet
                     await loop.sock_connect(sock, target)
                 await pledge.call(sock)  # without a limit: the kernel connects before the peer can answer
             except BaseException:
                 sock.close()
                 raise
             return sock
-        except (OSError, EOFError, _StrangerError) as error:
+        except (OSError, EOFError, StrangerError) as error:
             trouble[:] = [str(error) or type(error).__name__]
         await asyncio.sleep(min(0.01 * (attempt + 1), 0.25))
     raise AssertionError("unreachable")
 
 
-async def _answer(listener: socket.socket, pledge: _Pledge) -> socket.socket:
+async def _answer(listener: socket.socket, pledge: Pledge) -> socket.socket:
     """Hear all callers at once, so that no silent one keeps the neighbour waiting; return the neighbour."""
     loop = asyncio.get_running_loop()
     neighbour: asyncio.Future[socket.socket] = loop.create_future()
@@ -401,9 +413,9 @@ async def _answer(listener: socket.socket, pledge: _Pledge) -> socket.socket:
         try:
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            async with asyncio.timeout(_INTRODUCTION_LIMIT):
+            async with asyncio.timeout(INTRODUCTION_LIMIT):
                 await pledge.answer(sock)
-        except (OSError, EOFError, _StrangerError):
+        except (OSError, EOFError, StrangerError):
             sock.close()
         else:
             if neighbour.done():

@@ -31,7 +31,7 @@ from pyspark import BarrierTaskContext, SparkFiles, TaskContext
 
 from spark_nn.errors import ClusterError, PeerLost, StoreError
 from spark_nn.gang.context import CARDS, attempt_folder
-from spark_nn.gang.failure import Failure
+from spark_nn.gang.failure import LOST, Failure
 from spark_nn.gang.forkserver import ForkServer, scratch_folder
 from spark_nn.gang.process import Silence, started
 from spark_nn.gang.ring import listen
@@ -58,11 +58,14 @@ class Work:
         unpickled only in the child.
     secret : bytes
         What the ranks prove to each other to know.
+    apart : bool
+        Whether they have no collective, but call rank 0, and all but that one may be lost.
     """
 
     run: RunDir
     function: bytes
     secret: bytes = field(repr=False)
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,7 @@ class GangTask:
             **asdict(seat),
             "cpus": context.cpus(),
             "secret": work.secret.hex(),
+            "apart": work.apart,
             "timeout": self.timeout,
             "run": work.run.url,
             "gang": self.run.url,
@@ -155,6 +159,11 @@ class GangTask:
                 rank, host, "died", reason, when=time.time(), phase=process.phase, transient=True
             )
             failure = replace(failure, log=_tail(log))
+            if work.apart and rank and failure.kind == "died":
+                with contextlib.suppress(StoreError):  # rank 0 will find out by itself, and later
+                    left.mkdir(LOST)
+                    failure.note(left)
+                return
             # The store may be what failed: then Spark's own message brings the news.
             with contextlib.suppress(StoreError):
                 failure.save(left)

@@ -16,6 +16,7 @@ from spark_nn.keras import archive, codec
 from spark_nn.keras.customs import Customs, registered, require
 from spark_nn.keras.model import KerasModel
 from spark_nn.keras.names import check_name
+from spark_nn.keras.parameters import ParameterTrainer
 from spark_nn.keras.params import KerasParams
 from spark_nn.keras.stages import LIBRARIES
 from spark_nn.keras.training import INITIAL_MODEL, MODEL, KerasTrainer, Recipe
@@ -125,6 +126,10 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
     collective : {"auto", "ring", "native"}, default ``"auto"``
         How workers exchange gradients: by our own ring of TCP connections, or by TensorFlow's collective operations
         (NCCL between GPUs). ``"auto"`` is native where every worker has a GPU.
+    parameterServers : {0, 1}, default 0
+        With 1 training is asynchronous: one more Spark task holds the weights and applies the optimizer to each
+        worker's gradients as they come. Workers do not wait for each other, and one whose process is killed is
+        outlived. Each update is of `batchSize` / `numWorkers` rows.
     useGpu : bool, optional
         True demands that Spark assigns a GPU to every task, False hides those that it assigns. Default: workers use
         what Spark assigns.
@@ -207,6 +212,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         storeUrl: str | None = None,
         cache: str = "auto",
         collective: str = "auto",
+        parameterServers: int = 0,
         useGpu: bool | None = None,
         timeout: float = 600.0,
         maxRetries: int = 3,
@@ -257,6 +263,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         storeUrl: str | None = None,
         cache: str = "auto",
         collective: str = "auto",
+        parameterServers: int = 0,
         useGpu: bool | None = None,
         timeout: float = 600.0,
         maxRetries: int = 3,
@@ -267,7 +274,11 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         # A param set to None would save and then fail to load.
         return self._set(**{name: value for name, value in self._input_kwargs.items() if value is not None})
 
+    def _servers(self) -> int:
+        return self.getParameterServers()
+
     def _check(self) -> None:
+        self.checkParameterServers()
         self._checkSettings()
         check_network(self._ifGiven("model"), self._ifGiven("initialModel"), self.getModelParams(), "keras.Model")
         if not self.isDefined("model"):
@@ -345,7 +356,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
             outputs=self.outputChoice(),
             customs=Customs.of(self._given(), registered()),
         )
-        return KerasTrainer(schedule, recipe)
+        return (ParameterTrainer if self.getParameterServers() else KerasTrainer)(schedule, recipe)
 
     def _newModel(self) -> KerasModel:
         return KerasModel()

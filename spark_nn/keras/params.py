@@ -7,7 +7,8 @@ from typing import Any, TypeVar, cast
 
 from pyspark.ml.param import Param
 
-from spark_nn.converters import loss_weights, param
+from spark_nn.converters import choice, loss_weights, param
+from spark_nn.errors import ParamError
 from spark_nn.keras import codec
 from spark_nn.keras.model import KerasModel
 from spark_nn.keras.stages import HasCustomObjects
@@ -116,6 +117,48 @@ class KerasParams(HasCustomObjects, NetworkParams):
         "ModelCheckpoint, CSVLogger, TensorBoard and RemoteMonitor on the first alone.",
         _callbacks,
     )
+
+    parameterServers: Param[int] = param(
+        "parameterServers",
+        "1 for asynchronous training: one more Spark task holds the weights and applies the optimizer to each worker's "
+        "gradients as they come, and workers do not wait for each other. 0 for training in step.",
+        choice("parameterServers", (0, 1)),
+    )
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._setDefault(parameterServers=0)
+
+    def getParameterServers(self) -> int:
+        """Get :py:attr:`parameterServers`."""
+        return self.getOrDefault(self.parameterServers)
+
+    def setParameterServers(self: E, value: int) -> E:
+        """Set :py:attr:`parameterServers`."""
+        return self._set(parameterServers=value)
+
+    def checkParameterServers(self) -> None:
+        """Refuse what only training in step can do.
+
+        Raises
+        ------
+        ParamError
+            A param is set that asynchronous training could not honour.
+        """
+        if not self.getParameterServers():
+            return
+        reasons = {
+            "callbacks": "callbacks would act on what a single worker sees",
+            "collective": "workers exchange nothing with each other",
+            "checkpointInterval": "no checkpoints are written: what was lost is begun again from the beginning",
+            "validationIndicatorCol": "workers end their epochs at different times: use the fitted model's evaluate",
+            "validationFraction": "workers end their epochs at different times: use the fitted model's evaluate",
+        }
+        for name, reason in reasons.items():
+            if self.isSet(name) and self.getOrDefault(name):
+                raise ParamError(
+                    f"{name}={self.getOrDefault(name)!r} with parameterServers=1: {reason}; leave one of them out"
+                )
 
     def getLossWeights(self) -> Any:
         """Get :py:attr:`lossWeights`."""

@@ -48,6 +48,7 @@ VALUES = {
     "maxRetries": 1,
     "checkpointInterval": 9,
     "collective": "ring",
+    "parameterServers": 1,
     "useGpu": False,
     "stepsPerEpoch": 11,
     "lossWeights": 0.5,

@@ -802,7 +802,7 @@ def connect(rank, listeners, addresses=None, secret=SECRET, timeout=4.0):
 def test_strangers_do_not_keep_the_ring_from_forming():
     listeners = [listen(LOOPBACK) for _ in range(2)]
     addresses = [listener.getsockname() for listener in listeners]
-    pledge = wire._Pledge(b"a guess", world=2, caller=1, answerer=0)
+    pledge = wire.Pledge(b"a guess", world=2, caller=1, answerer=0)
     openings = [
         *[b""] * 20,  # silent, and in all for longer than the ring may take to form
         b"GET / HTTP/1.1\r\n\r\n",
