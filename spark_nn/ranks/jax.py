@@ -8,8 +8,8 @@ import os
 from typing import Any
 
 from spark_nn.errors import ClusterError
+from spark_nn.gang.ports import Port
 from spark_nn.ranks.context import RankContext
-from spark_nn.ranks.ports import Port
 
 VARIABLES = {"KERAS_BACKEND": "jax"}
 PRELOAD = ("spark_nn.ranks.jax:prepare",)

@@ -16,9 +16,9 @@ from typing import Any
 from spark_nn.errors import PeerLost
 from spark_nn.gang.context import GangContext, attempt_folder
 from spark_nn.gang.failure import Failure
+from spark_nn.gang.ports import LOOPBACK, Port
 from spark_nn.ranks import values
 from spark_nn.ranks.context import Framework, RankContext, Reading, Seat
-from spark_nn.ranks.ports import LOOPBACK, Port
 from spark_nn.ranks.roles import Cast
 
 _DONE = "done"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from spark_nn.gang.ports import Port
 from spark_nn.ranks.context import RankContext
-from spark_nn.ranks.ports import Port
 
 # As a Keras fit has them, so that both are forked from the same server.
 VARIABLES = {"KERAS_BACKEND": "tensorflow"}

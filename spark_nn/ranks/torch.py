@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
+from spark_nn.gang.ports import Port, interface_of
 from spark_nn.ranks.context import RankContext
-from spark_nn.ranks.ports import Port, interface_of
 
 VARIABLES = {"KERAS_BACKEND": "torch"}
 PRELOAD = ("spark_nn.ranks.torch:prepare",)

@@ -8,18 +8,15 @@ exchanged here are numbers, never pickles.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
-import struct
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Literal
 
 from spark_nn.errors import CollectiveError
 from spark_nn.gang.collective import Collective
-
-_SIOCGIFADDR = 0x8915
+from spark_nn.gang.ports import interface_of
 
 
 @contextlib.contextmanager
@@ -69,22 +66,10 @@ def joined(
             wait_for_workers=False,
             master_listen_fd=os.dup(door.fileno()) if first else None,
         )
-    if backend == "gloo" and (name := _interface(host)) is not None:
+    if backend == "gloo" and (name := interface_of(socket.gethostbyname(host))) is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = name  # in this rank's own process
     dist.init_process_group(backend, store=store, rank=collective.rank, world_size=collective.world, timeout=limit)
     try:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _interface(host: str) -> str | None:
-    """The network interface that has an address, None where that cannot be told."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        wanted = socket.inet_aton(socket.gethostbyname(host))
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                found = fcntl.ioctl(sock, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                if found[20:24] == wanted:
-                    return name
-    return None

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from spark_nn.errors import ParamError
+from spark_nn.gang.ports import Port, local_addresses
 from spark_nn.ranks import values
-from spark_nn.ranks.ports import Port, local_addresses
 from spark_nn.ranks.roles import Cast
 from spark_nn.ranks.saves import Saves
 from spark_nn.store import RunDir
