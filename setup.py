@@ -71,9 +71,6 @@ EXTRAS = {
         # A store on object storage, and an S3 server to test it with.
         "s3fs>=2024.6",
         "moto[server]>=5",
-        # What the extra "torch" brings; the release of PyTorch itself tox pins, as one is gigabytes.
-        "safetensors>=0.5",
-        "torchmetrics>=1.4",
         # Exports ONNX files, and computes what they hold.
         "tf2onnx>=1.17",
         "onnx>=1.16",

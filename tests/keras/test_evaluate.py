@@ -211,12 +211,13 @@ def test_what_a_file_does_not_hold_is_told(spark, df):
 def test_nothing_but_arrays_and_json_crosses(spark, df):
     """The state of a measure: a line of JSON and little-endian doubles, which add up in any order."""
     from spark_nn.keras.measure import load_measure
+    from spark_nn.scoring.models import Share
 
     native = compiled("mse", (["mae"], []), units=1)
     model = KerasModel.fromKeras(native, **SHARED)
     path = str(model.fitted.file.path)
     x, y = column(df, "a", "b", "c").astype("float32"), column(df, "label").astype("float32")
-    one, two = load_measure(path, 1), load_measure(path, 1)
+    one, two = load_measure(path, Share()), load_measure(path, Share())
     one.add(x[:100], y[:100], None)
     for start in (100, 200, 300):  # the first by itself, the others by a graph
         two.add(x[start : start + 100], y[start : start + 100], None)
