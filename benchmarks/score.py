@@ -1,7 +1,7 @@
 """How fast a model scores a DataFrame: `python benchmarks/score.py`.
 
-A small MLP over 100 floats and a small CNN over 28 x 28 images, each from Parquet to Spark's noop sink on two cores,
-by spark_nn, and beside it by whatever else one would write: `predict_batch_udf` as Spark's documentation has it and
+A small MLP over 100 floats and a small CNN over 28 x 28 pixels, each from Parquet to Spark's noop sink on two cores,
+by spark_nn, images as raw bytes and as arrays of floats, and beside it by whatever else one would write: `predict_batch_udf` as Spark's documentation has it and
 with large batches, a pandas UDF, `mapInArrow`, and one row at a time over an RDD. Every line is thousands of rows per
 second, the median of three rounds, measured in turn, each in a session of its own, after a pass that loads the model
 and warms up Spark. Those that would take hours score fewer rows.
@@ -39,7 +39,9 @@ from spark_nn.doctor import requireJava
 
 WIDTHS = {"mlp": 100, "cnn": 784}
 KINDS = {"mlp": "regression", "cnn": "multiclass"}
-OURS = "spark_nn"
+# What ours scores, and what is scanned; the others take arrays of floats.
+COLUMNS = {"mlp": "features", "cnn": "image"}
+OURS, ARRAYS = "spark_nn", "spark_nn, from arrays"
 MEMORY = ("in memory, 1 process of 2 threads", "in memory, 2 processes of 1")
 SCAN, ZEROS = "bare scan", "UDF that returns zeros"
 
@@ -50,8 +52,9 @@ def native(name: str) -> Any:
 
     model, _ = network(name)
     if name == "cnn":
-        image = keras.Input((784,))
-        model = keras.Model(image, model(keras.layers.Reshape((28, 28, 1))(image)))
+        pixels = keras.Input((784,))
+        image = keras.layers.Reshape((28, 28, 1))(keras.layers.Rescaling(1 / 255)(pixels))
+        model = keras.Model(pixels, model(image))
     return model
 
 
@@ -61,13 +64,20 @@ def write(name: str, rows: int, folder: str) -> None:
 
     def draw(batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
-            count = batch.num_rows
-            x = np.random.default_rng(batch.column(0)[0].as_py()).standard_normal((count, width), np.float32)
+            generator = np.random.default_rng(batch.column(0)[0].as_py())
+            if name == "mlp":
+                x = generator.standard_normal((batch.num_rows, width), np.float32)
+                images = pa.nulls(batch.num_rows, pa.binary())
+            else:
+                pixels = generator.integers(0, 256, (batch.num_rows, width), np.uint8)
+                x = pixels.astype(np.float32)
+                images = pa.array([row.tobytes() for row in pixels])
             offsets = pa.array(np.arange(0, x.size + 1, width, dtype=np.int32))
             lists = pa.ListArray.from_arrays(offsets, pa.array(x.reshape(-1)))
-            yield pa.RecordBatch.from_arrays([batch.column(0), lists], ["id", "features"])
+            yield pa.RecordBatch.from_arrays([batch.column(0), lists, images], ["id", "features", "image"])
 
-    spark.range(0, rows, 1, 8).mapInArrow(draw, "id long, features array<float>").write.parquet(f"{folder}/rows")
+    drawn = spark.range(0, rows, 1, 8).mapInArrow(draw, "id long, features array<float>, image binary")
+    drawn.write.parquet(f"{folder}/rows")
     native(name).save(f"{folder}/model.keras")
 
 
@@ -77,12 +87,24 @@ def single(name: str, predicted: Any) -> np.ndarray:
     return found.astype(np.float64)
 
 
-def scored(name: str, folder: str) -> Callable[[DataFrame], DataFrame]:
+def scored(name: str, folder: str, column: str | None = None) -> Callable[[DataFrame], DataFrame]:
     """By spark_nn."""
     import keras
 
-    one_column = {"outputKind": KINDS[name], "probabilityCol": "", "rawPredictionCol": ""}
-    return KerasModel.fromKeras(keras.saving.load_model(f"{folder}/model.keras"), **one_column).transform
+    column = column or COLUMNS[name]
+    model = KerasModel.fromKeras(
+        keras.saving.load_model(f"{folder}/model.keras"),
+        outputKind=KINDS[name],
+        featuresCol=column,
+        probabilityCol="",
+        rawPredictionCol="",
+    )
+    return lambda df: model.transform(df.select("id", column))
+
+
+def scored_from_arrays(name: str, folder: str) -> Callable[[DataFrame], DataFrame]:
+    """By spark_nn, where images are arrays of floats."""
+    return scored(name, folder, "features")
 
 
 def batched(name: str, folder: str, batch: int = 100) -> Callable[[DataFrame], DataFrame]:
@@ -100,7 +122,7 @@ def batched(name: str, folder: str, batch: int = 100) -> Callable[[DataFrame], D
         return predict
 
     udf = predict_batch_udf(make, return_type=DoubleType(), batch_size=batch, input_tensor_shapes=[[WIDTHS[name]]])
-    return lambda df: df.withColumn("prediction", udf("features"))
+    return lambda df: df.select("id", "features", udf("features").alias("prediction"))
 
 
 def batched_well(name: str, folder: str) -> Callable[[DataFrame], DataFrame]:
@@ -119,7 +141,7 @@ def in_pandas(name: str, folder: str) -> Callable[[DataFrame], DataFrame]:
             yield pd.Series(single(name, model.predict(np.stack(batch), batch_size=1024, verbose=0)))
 
     udf: Any = F.pandas_udf(predict, "double")
-    return lambda df: df.withColumn("prediction", udf("features"))
+    return lambda df: df.select("id", "features", udf("features").alias("prediction"))
 
 
 def in_arrow(name: str, folder: str) -> Callable[[DataFrame], DataFrame]:
@@ -134,7 +156,8 @@ def in_arrow(name: str, folder: str) -> Callable[[DataFrame], DataFrame]:
             found = single(name, model.predict(x, batch_size=1024, verbose=0))
             yield pa.RecordBatch.from_arrays([*batch.columns, pa.array(found)], [*batch.schema.names, "prediction"])
 
-    return lambda df: df.mapInArrow(predict, "id long, features array<float>, prediction double")
+    rows = "id long, features array<float>, prediction double"
+    return lambda df: df.select("id", "features").mapInArrow(predict, rows)
 
 
 def by_row(name: str, folder: str) -> Callable[[DataFrame], DataFrame]:
@@ -152,7 +175,7 @@ def by_row(name: str, folder: str) -> Callable[[DataFrame], DataFrame]:
 
 def scan(name: str, folder: str) -> Callable[[DataFrame], DataFrame]:
     """No model at all."""
-    return lambda df: df
+    return lambda df: df.select("id", COLUMNS[name])
 
 
 def zeros(name: str, folder: str) -> Callable[[DataFrame], DataFrame]:
@@ -164,12 +187,13 @@ def zeros(name: str, folder: str) -> Callable[[DataFrame], DataFrame]:
 
     functions: Any = F
     udf = functions.arrow_udf(nothing, "double")
-    return lambda df: df.withColumn("prediction", udf("features"))
+    return lambda df: df.select("id", COLUMNS[name], udf(COLUMNS[name]).alias("prediction"))
 
 
 # Each way, and the share of the rows that it scores.
 WAYS: dict[str, tuple[Callable[[str, str], Callable[[DataFrame], DataFrame]], float]] = {
     OURS: (scored, 1.0),
+    ARRAYS: (scored_from_arrays, 1.0),
     "predict_batch_udf as documented": (batched, 0.05),
     "predict_batch_udf, large batches": (batched_well, 1.0),
     "pandas UDF": (in_pandas, 1.0),
@@ -219,7 +243,7 @@ def in_memory(name: str, folder: str, threads: int, seconds: float = 4.0) -> flo
     tf.config.threading.set_inter_op_parallelism_threads(threads)
     model = keras.saving.load_model(f"{folder}/model.keras")
     block = 4096 if name == "mlp" else 64
-    x = np.random.default_rng(1).standard_normal((32 * block, WIDTHS[name]), np.float32)
+    x = np.random.default_rng(1).random((32 * block, WIDTHS[name]), np.float32)
     forward = tf.function(lambda rows: model(rows, training=False), autograph=False, reduce_retracing=True)
     done, began = 0, 0.0
     for number in range(1_000_000):
@@ -246,7 +270,8 @@ def main() -> None:
         rows = arguments.rows if name == "mlp" else arguments.rows // 20
         with tempfile.TemporaryDirectory(prefix="spark_nn-") as folder:
             apart(write, name, rows, folder)
-            found: dict[str, list[float]] = {way: [] for way in arguments.ways}
+            ways = [way for way in arguments.ways if way != ARRAYS or name == "cnn"]
+            found: dict[str, list[float]] = {way: [] for way in ways}
             for _ in range(arguments.rounds):
                 for way, figures in found.items():
                     if way == MEMORY[0]:

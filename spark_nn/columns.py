@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.ml.functions import vector_to_array
 from pyspark.ml.linalg import VectorUDT
 from pyspark.sql import Column
@@ -36,7 +37,7 @@ from pyspark.sql.types import (
 
 from spark_nn.errors import ColumnError
 
-Form = Literal["vector", "array", "scalars", "scalar"]
+Form = Literal["vector", "array", "scalars", "scalar", "bytes"]
 Role = Literal["features", "label", "weight", "validation"]
 # One array, or arrays by the names that the model gives its inputs or outputs.
 Arrays = np.ndarray | dict[str, np.ndarray]
@@ -65,8 +66,9 @@ class Tensor:
         has the model's own name for it after a colon, as in ``"features:image"``.
     columns : tuple of str
         The columns it is made of; more than one only in the form ``"scalars"``.
-    form : {"vector", "array", "scalars", "scalar"}
-        A Vector column, an array column, several scalar columns side by side, or one scalar column.
+    form : {"vector", "array", "scalars", "scalar", "bytes"}
+        A Vector column, an array column, several scalar columns side by side, one scalar column, or a binary column
+        of as many bytes as a row has elements, each a number from 0 to 255.
     dtype : {"float32", "int32", "int64", "bool", "string", "binary"}
         Type of its elements.
     depth : int
@@ -248,6 +250,8 @@ def expression(tensor: Tensor) -> Column:
     columns = [F.col(quoted(name)) for name in tensor.columns]
     if tensor.form == "scalars":
         result = F.array(*(column.cast(sql) for column in columns))
+    elif tensor.form == "bytes":
+        result = columns[0]
     elif tensor.form == "vector":
         # vector_to_array itself fails on null with a message that names neither column nor row.
         result = F.when(columns[0].isNotNull(), vector_to_array(columns[0], "float32"))
@@ -279,6 +283,8 @@ def decode(array: pa.Array, tensor: Tensor, invalid: Invalid) -> np.ndarray | No
         Shape ``(rows,) + shape``, C-contiguous, of the tensor's dtype; it may share the array's memory.
         None where a row could not be used.
     """
+    if tensor.form == "bytes":
+        return _unpacked(array, tensor, invalid)
     values, shape = array, []
     for level in range(tensor.depth):
         lengths = values.value_lengths().to_numpy(zero_copy_only=False) if not values.null_count else np.array([-1, 0])
@@ -379,6 +385,22 @@ def report(problems: Counter[Problem], advice: str = "") -> ColumnError:
     """The error that names every column with rows that cannot be used."""
     lines = [problem.describe(rows) for problem, rows in sorted(problems.items(), key=repr)]
     return ColumnError("; ".join(lines) + advice)
+
+
+def _unpacked(array: pa.Array, tensor: Tensor, invalid: Invalid) -> np.ndarray | None:
+    """Rows of bytes as a block of numbers."""
+    sound = array.is_valid().to_numpy(zero_copy_only=False)
+    lengths = pc.fill_null(pc.binary_length(array), 0).to_numpy(zero_copy_only=False)
+    wrong = sound & (lengths != tensor.size)
+    if not sound.all() or wrong.any():
+        invalid.add(tensor.columns[0], "null", ~sound)
+        invalid.add(tensor.columns[0], "width", wrong)
+        return None
+    _, offsets, data = array.buffers()
+    large = pa.types.is_large_binary(array.type)
+    first = np.frombuffer(offsets, np.int64 if large else np.int32)[array.offset] if len(array) else 0
+    numbers = np.frombuffer(data or b"", np.uint8)[first : first + len(array) * tensor.size]
+    return numbers.reshape(len(array), *(tensor.shape or ())).astype(tensor.numpy)
 
 
 def _refuse(array: pa.Array, tensor: Tensor, invalid: Invalid) -> None:

@@ -304,6 +304,9 @@ class NeuralModel(Model, ModelParams, Stage):
         trained = self._trained(found)
         for name, tensor in found.items():
             known = trained[name]
+            if tensor.dtype == "binary" and known.numeric and len(tensor.columns) == 1:
+                found[name] = replace(known, columns=tensor.columns, form="bytes")
+                continue
             # Numbers may become floats, but floats not whole numbers, and strings neither.
             alike = tensor.dtype == known.dtype or (
                 tensor.numeric and known.numeric and (known.dtype == "float32" or tensor.dtype != "float32")

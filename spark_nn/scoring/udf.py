@@ -50,7 +50,9 @@ def pandas_kind(scorer: Scorer, sql: str) -> Any:
 
     def arrays(batch: Sequence[pd.Series]) -> tuple[pa.Array, ...]:
         return tuple(
-            pa.array(nested(series) if tensor.depth > 1 else series, type=kind, from_pandas=True)
+            pa.array(
+                nested(series) if tensor.depth > 1 and tensor.form != "bytes" else series, type=kind, from_pandas=True
+            )
             for series, kind, tensor in zip(batch, kinds, scorer.inputs, strict=True)
         )
 
@@ -81,6 +83,8 @@ def frames_kind(
 
 def _arrow_type(tensor: Tensor) -> pa.DataType:
     """The type of the column that :func:`~spark_nn.columns.expression` plans."""
+    if tensor.form == "bytes":
+        return pa.binary()
     kind = pa.type_for_alias(tensor.dtype)
     for _ in range(tensor.depth):
         kind = pa.list_(kind)

@@ -9,6 +9,7 @@ import sys
 from operator import itemgetter
 
 import numpy as np
+import pyspark
 import pytest
 from pyspark import TaskContext
 from pyspark.ml.linalg import DenseVector, SparseVector, VectorUDT
@@ -108,6 +109,29 @@ def test_inputs_of_every_kind_give_what_keras_gives(spark, keras, kind):
     native = mlp(keras, shape=shape)
     rows = rows_of(KerasModel.fromKeras(native, **given).transform(df).select("id", "prediction"))
     close([row.prediction for row in rows], native.predict(x.reshape(-1, *shape), verbose=0)[:, 0])
+
+
+@pytest.mark.parametrize("kind", ["arrow", "pandas"])
+def test_bytes_are_numbers_to_a_model_that_takes_numbers(spark, keras, monkeypatch, kind):
+    if kind == "pandas":
+        monkeypatch.setattr(pyspark, "__version__", "4.0.1")
+    layers = keras.layers
+    image = keras.Input((4, 8, 1))
+    native = keras.Model(image, layers.Dense(3, "softmax")(layers.Flatten()(layers.Rescaling(1 / 255)(image))))
+    df = spark.range(0, 500, 1, 3).select("id", F.sha2(F.col("id").cast("string"), 256).alias("hex"))
+    df = df.select("id", F.when(F.col("id") % 50 != 3, F.unhex("hex")).alias("features"))
+    df = df.withColumn(
+        "features", F.when(F.col("id") == 7, F.col("features").substr(1, 5)).otherwise(F.col("features"))
+    )
+    model = KerasModel.fromKeras(native, outputKind="multiclass", handleInvalid="keep")
+    rows = sorted(model.transform(df).collect(), key=itemgetter(0))
+    wrong = [row.id for row in rows if row.probability is None]
+    assert wrong == [3, 7, *range(53, 500, 50)]
+    usable = [row for row in rows if row.probability is not None]
+    x = np.stack([np.frombuffer(row.features, np.uint8).reshape(4, 8, 1) for row in usable]).astype(np.float32)
+    close([row.probability.toArray() for row in usable], native.predict(x, verbose=0))
+    with pytest.raises(Exception, match="'features' is null in .* row.*'features' is empty, or not of the length"):
+        model.copy({model.handleInvalid: "error"}).transform(df.coalesce(1)).collect()
 
 
 @pytest.mark.parametrize("dtype", ["int", "bigint"])
