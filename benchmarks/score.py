@@ -1,10 +1,10 @@
 """How fast a model scores a DataFrame: `python benchmarks/score.py`.
 
-A small MLP over 100 floats and a small CNN over 28 x 28 pixels, each from Parquet to Spark's noop sink on two cores,
-by spark_nn, images as raw bytes and as arrays of floats, and beside it by whatever else one would write: `predict_batch_udf` as Spark's documentation has it and
-with large batches, a pandas UDF, `mapInArrow`, and one row at a time over an RDD. Every line is thousands of rows per
-second, the median of three rounds, measured in turn, each in a session of its own, after a pass that loads the model
-and warms up Spark. Those that would take hours score fewer rows.
+A small MLP over 100 floats and a small CNN over 28 x 28 pixels, each from Parquet to Spark's noop sink on two cores, by
+spark_nn (images as raw bytes, and as arrays of floats), and beside it by whatever else one would write:
+`predict_batch_udf` as Spark's documentation has it and with large batches, a pandas UDF, `mapInArrow`, and one row at a
+time over an RDD. Every line is thousands of rows per second, the median of three rounds, measured in turn, each in a
+session of its own, after a pass that loads the model and warms up Spark. Those that would take hours score fewer rows.
 
 What limits them stands below: the same network over arrays in memory, in one process of two threads and in two of one
 each; the bare scan of the same columns; and a UDF of Arrow that takes the same column and returns zeros, which is what
