@@ -173,7 +173,7 @@ class _RunParams(TrainingParams):
             validationFraction=0.0,
             seed=self.getSeed() % 2**63,  # NumPy takes no negative seeds, Spark does
             shuffle=self.getShuffle(),
-            skip=self.getHandleInvalid() == "skip",
+            skip=self.getHandleInvalid() != "error",
         )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import spark_nn
+from spark_nn import cluster
 from spark_nn.errors import ClusterError, ColumnError, DatasetError, ParamError, TrainingError
 from tests.failure.processes import no_rank_is_left
 
@@ -207,3 +208,10 @@ def test_what_cannot_be_is_refused_before_anything_starts(four, store, given, ki
         given["dataset"] = four.range(given["dataset"])
     with pytest.raises(kind, match=message):
         spark_nn.run(function, *args, storeUrl=store, spark=four, verbose=0, **given)
+
+
+@pytest.mark.parametrize(("invalid", "skip"), [("error", False), ("skip", True), ("keep", True)])
+def test_rows_that_cannot_be_used_are_left_out_where_they_may_be(spark, invalid, skip):
+    df = spark.createDataFrame([(1.0, 2.0)], "features double, label double")
+    params = cluster._RunParams()._set(handleInvalid=invalid)
+    assert params.spec(df.schema, labelled=True).skip is skip

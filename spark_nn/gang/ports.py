@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import ipaddress
 import socket
 import struct
 import sys
@@ -32,7 +33,7 @@ class Port:
     Parameters
     ----------
     host : str
-        The address of this machine to be reached at.
+        The address of this machine to be reached at, in numbers (see :func:`numeric`).
 
     Attributes
     ----------
@@ -41,6 +42,7 @@ class Port:
     """
 
     def __init__(self, host: str) -> None:
+        ipaddress.ip_address(host)  # by a name its own address would not be known from the others
         self.host = host
         self._guards: list[socket.socket] = []
         for attempt in range(_ATTEMPTS):
@@ -88,6 +90,11 @@ def local_addresses() -> list[tuple[Any, ...]]:
             name = socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))
             found.append((name, 0, 0, int(index, 16)))
     return found
+
+
+def numeric(host: str) -> str:
+    """The address, in numbers, that a name of a machine leads to."""
+    return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
 
 
 def interface_of(host: str) -> str | None:

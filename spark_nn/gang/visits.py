@@ -131,8 +131,13 @@ class Hall:
         self._listener.settimeout(_LOOK)
         try:
             while self.expected and self._error is None:
-                with contextlib.suppress(TimeoutError):
+                try:
                     sock, _ = self._listener.accept()
+                except TimeoutError:
+                    pass
+                except OSError:
+                    time.sleep(_LOOK)  # a caller that has gone again, or too many of them at once
+                else:
                     threading.Thread(target=self._receive, args=(sock,), daemon=True).start()
                 now = time.monotonic()
                 if now > until or now > looked + _LOOK_AFTER:

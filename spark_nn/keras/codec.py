@@ -15,7 +15,7 @@ from typing import Any
 from spark_nn.errors import ModelFileError, ParamError
 from spark_nn.keras import archive
 from spark_nn.keras.customs import Customs, Find, require
-from spark_nn.scoring.models import Share
+from spark_nn.share import Share
 
 SUFFIX = ".keras"
 

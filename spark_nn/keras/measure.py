@@ -19,7 +19,7 @@ from spark_nn.keras import codec, predict
 from spark_nn.keras.customs import Find
 from spark_nn.keras.describe import by_name, other_reduction
 from spark_nn.scoring.batches import slices
-from spark_nn.scoring.models import Share
+from spark_nn.share import Share
 
 _CURE = (
     "compile the native model (the property `model`) with what its file can hold, a loss and metrics by their names or "

@@ -20,7 +20,7 @@ import numpy as np
 from spark_nn.checkpoint import Checkpoints
 from spark_nn.dataset.manifest import Manifest, Split
 from spark_nn.dataset.stream import Stream
-from spark_nn.errors import PeerLost
+from spark_nn.errors import ParamError, PeerLost
 from spark_nn.gang.collective import Alone
 from spark_nn.gang.context import GangContext, attempt_folder
 from spark_nn.gang.failure import lost_ranks
@@ -64,6 +64,11 @@ class ParameterTrainer(KerasTrainer):
             _take_weights(model, before)
         workers = gang.world - 1
         self._compile(model, workers)
+        if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+            raise ParamError(
+                "parameterServers=1 with an optimizer that scales the loss, as under mixed_float16: each worker would "
+                "have a scale of its own; use mixed_bfloat16, or train in step"
+            )
         model.jit_compile = False  # XLA cannot compile a step that talks to other processes
         outputs = describe_outputs(model, put_out, manifest.role("label"))
         order = tuple(outputs) if isinstance(put_out, (list, tuple)) and len(outputs) > 1 else None

@@ -155,7 +155,7 @@ class KerasParams(HasCustomObjects, NetworkParams):
             "validationFraction": "workers end their epochs at different times: use the fitted model's evaluate",
         }
         for name, reason in reasons.items():
-            if self.isSet(name) and self.getOrDefault(name):
+            if self.isSet(name) and self.getOrDefault(name) not in ("auto", 0):
                 raise ParamError(
                     f"{name}={self.getOrDefault(name)!r} with parameterServers=1: {reason}; leave one of them out"
                 )

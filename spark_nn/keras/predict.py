@@ -20,7 +20,7 @@ from spark_nn.keras import codec
 from spark_nn.keras.customs import Find
 from spark_nn.keras.describe import by_name
 from spark_nn.scoring.batches import rows_for
-from spark_nn.scoring.models import Share
+from spark_nn.share import Share
 
 
 @contextlib.contextmanager
@@ -173,12 +173,15 @@ class KerasPredictor:
 
 def _tensors(model: Any) -> Iterator[Any]:
     """What goes into a network and what its layers put out, as far as Keras knows it before it runs."""
+    import keras
+
     yield from getattr(model, "inputs", None) or ()
     for layer in getattr(model, "layers", ()):
         yield from _tensors(layer)
+        outputs: Any = ()
         with contextlib.suppress(AttributeError, ValueError):  # it was never called, or more than once
             outputs = layer.output
-            yield from outputs if isinstance(outputs, (list, tuple)) else [outputs]
+        yield from (each for each in keras.tree.flatten(outputs) if hasattr(each, "shape"))
 
 
 def _elements(tensor: Any) -> int:

@@ -102,7 +102,7 @@ class RankContext:
         self._gang = gang
         self._cast = cast
         self._reading = reading
-        self._stack = stack
+        self._streams = stack.enter_context(ExitStack())
         self._reported = time.monotonic()
         self.atEnd: list[Callable[[], object]] = []
 
@@ -156,6 +156,9 @@ class RankContext:
         chief gets all rows, and hands batches to the workers. The evaluator gets all rows, in the same order each
         time.
 
+        The order of an epoch goes by its number, so a second call that begins at the same one gives the same order;
+        and it ends the batches of the first.
+
         Parameters
         ----------
         batchSize : int
@@ -204,7 +207,8 @@ class RankContext:
             scratch=self.scratch,
             timeout=self.timeout,
         )
-        self._stack.enter_context(closing(stream))
+        self._streams.close()  # of one at a time: each holds rows in memory
+        self._streams.enter_context(closing(stream))
         return Batches(stream, self._gang.progress, epochs, initialEpoch)
 
     def report(self, **metrics: float) -> None:

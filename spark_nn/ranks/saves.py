@@ -23,8 +23,8 @@ _LOG = logging.getLogger(__name__)
 class Saves:
     """Checkpoints of the user's making, kept in the run directory until `run` ends.
 
-    Each attempt writes to a folder of its own, so that a straggler of an earlier one can change nothing. A checkpoint
-    appears whole or not at all, and one that is damaged is passed over for the one before.
+    Each attempt writes to a folder of its own, so that a straggler of an earlier one cannot change what is there. A
+    checkpoint appears whole or not at all, and one that is damaged is passed over for the one before.
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ from typing import Any
 from spark_nn.errors import PeerLost
 from spark_nn.gang.context import GangContext, attempt_folder
 from spark_nn.gang.failure import Failure
-from spark_nn.gang.ports import LOOPBACK, Port
+from spark_nn.gang.ports import LOOPBACK, Port, numeric
 from spark_nn.ranks import values
 from spark_nn.ranks.context import Framework, RankContext, Reading, Seat
 from spark_nn.ranks.roles import Cast
@@ -101,7 +101,7 @@ def _introduced(gang: GangContext) -> tuple[str, list[dict[str, Any]], Port]:
     """The address to be reached at, those of all ranks with their hosts, and this rank's port."""
     hosts = [each.decode() for each in gang.collective.all_gather(gang.host.encode())]
     # One machine needs no network, and nobody else gets in.
-    host = LOOPBACK if len(set(hosts)) == 1 else gang.host
+    host = LOOPBACK if len(set(hosts)) == 1 else numeric(gang.host)
     port = Port(host)
     try:
         card = json.dumps({"host": gang.host, "address": port.address}).encode()

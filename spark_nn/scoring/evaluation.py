@@ -29,7 +29,8 @@ from spark_nn.columns import (
     refuse_rows,
 )
 from spark_nn.errors import DatasetError, ModelFileError
-from spark_nn.scoring.models import Share, fetched
+from spark_nn.scoring.models import fetched
+from spark_nn.share import Share
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame

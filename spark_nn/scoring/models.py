@@ -11,55 +11,19 @@ import gc
 import os
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from pyspark import SparkFiles, TaskContext
+from pyspark import SparkFiles
 
 from spark_nn.columns import Arrays
 from spark_nn.dataset import memory
 from spark_nn.errors import ModelFileError
+from spark_nn.share import Share
 from spark_nn.store import digest
 
 # However small they are: each has a graph and traces of its own beside its weights.
 _MOST = 8
-
-
-@dataclass(frozen=True)
-class Share:
-    """What a task may use of its machine.
-
-    Parameters
-    ----------
-    cpus : int, default 1
-        Its cores.
-    gpu : str or None
-        The address of its GPU, where Spark has assigned one. A Python worker serves one task after the other, and the
-        next one's may be another.
-    """
-
-    cpus: int = 1
-    gpu: str | None = None
-
-    @classmethod
-    def ofTask(cls) -> Share:
-        """The share of the task that this is called in."""
-        context = TaskContext.get()
-        if context is None:
-            return cls()
-        resources = context.resources()
-        addresses = resources["gpu"].addresses if "gpu" in resources else []
-        return cls(context.cpus(), addresses[0] if addresses else None)
-
-    def card(self, cards: int) -> int:
-        """The number of the task's GPU, as a framework counts those, so many, that this process sees.
-
-        Spark's addresses are the cards' own numbers, and CUDA_VISIBLE_DEVICES may let a process see only some.
-        """
-        seen = [each.strip() for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if each.strip()]
-        address = self.gpu or "0"
-        return (seen.index(address) if address in seen else int(address) if address.isdigit() else 0) % cards
 
 
 class Predictor(Protocol):

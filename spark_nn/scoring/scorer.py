@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from spark_nn.columns import Invalid, Tensor, arrange, decode, report
+from spark_nn.columns import Arrays, Invalid, Tensor, arrange, decode, report
 from spark_nn.errors import ColumnError, ModelFileError
 from spark_nn.outputs import Outputs, columns_of
 from spark_nn.scoring.batches import Block, ahead, recut
@@ -86,7 +86,7 @@ class Scorer:
             if invalid.problems:
                 if self.invalid == "error":
                     raise self._refusal(invalid)
-                # They stay in their places, so that every row keeps its prediction.
+                # They stay in their places, so that every row keeps its prediction; the model does not see them.
                 blocks = [_filled(array, tensor, used) for array, tensor in zip(batch, self.inputs, strict=True)]
             yield [*(block for block in blocks if block is not None), used]
 
@@ -98,25 +98,33 @@ class Scorer:
         )
 
     def _scored(self, inputs: list[np.ndarray], used: np.ndarray, predictor: Predictor) -> pa.StructArray:
+        if used.all():
+            return self._structs(inputs, predictor)
+        # Taking at null gives null.
+        structs = self._structs([block[used] for block in inputs], predictor)
+        return structs.take(pa.array(np.cumsum(used) - 1, mask=~used))
+
+    def _structs(self, inputs: list[np.ndarray], predictor: Predictor) -> pa.StructArray:
+        """Of each row that can be used a struct of the values to return."""
+        rows = len(inputs[0])
         named = {tensor.name: block for tensor, block in zip(self.inputs, inputs, strict=True)}
         arrays = arrange(named, "features")
         assert arrays is not None
-        predicted = predictor(arrays)
+        predicted: Arrays = predictor(arrays) if rows else _nothing(self.outputs)
         values: dict[tuple[str, str], np.ndarray] = {}
         for name, output in self.outputs.items():
             array = predicted[name] if isinstance(predicted, dict) else predicted
-            if array.shape != (len(used), *output.shape):
+            if array.shape != (rows, *output.shape):
                 raise ModelFileError(
-                    f"of {len(used)} rows the model has put out an array of shape {array.shape}, and not "
-                    f"{(len(used), *output.shape)}: its outputs must have a row for each row of its inputs"
+                    f"of {rows} rows the model has put out an array of shape {array.shape}, and not "
+                    f"{(rows, *output.shape)}: its outputs must have a row for each row of its inputs"
                 )
             values |= {(param, name): value for param, value in output.values(array).items()}
         keys = columns_of(self.outputs)
         fields = {field: _arrow(values[keys[field]]) for field in self.fields}
         if self.invalid == "skip":
-            fields[USED] = pa.array(used)
-        mask = None if used.all() else pa.array(~used)
-        return pa.StructArray.from_arrays(list(fields.values()), list(fields), mask=mask)
+            fields[USED] = pa.array(np.ones(rows, bool))
+        return pa.StructArray.from_arrays(list(fields.values()), list(fields))
 
 
 def _filled(array: pa.Array, tensor: Tensor, used: np.ndarray) -> np.ndarray:
@@ -127,6 +135,12 @@ def _filled(array: pa.Array, tensor: Tensor, used: np.ndarray) -> np.ndarray:
     block = np.full((len(array), *decoded.shape[1:]), empty, decoded.dtype)
     block[used] = decoded
     return block
+
+
+def _nothing(outputs: Outputs) -> Arrays:
+    """What a model puts out for no rows."""
+    found = {name: np.zeros((0, *output.shape), np.float32) for name, output in outputs.items()}
+    return found.get("", found)
 
 
 def _arrow(values: np.ndarray) -> pa.Array:

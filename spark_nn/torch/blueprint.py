@@ -19,7 +19,7 @@ import cloudpickle
 
 from spark_nn.errors import ParamError
 from spark_nn.persistence import import_path
-from spark_nn.scoring.models import Share
+from spark_nn.share import Share
 
 # An input by the model's name for it, None for the only one: its shape and dtype.
 Specs = Mapping[str | None, tuple[tuple[int, ...], str]]

@@ -144,11 +144,13 @@ def settle(module: Any, specs: Specs) -> None:
         forward(module.eval(), example(specs))
 
 
-def example(specs: Specs, rows: int = 1) -> Any:
-    """Rows of zeros, as the network takes them."""
+def example(specs: Specs, rows: int = 1, device: Any = None) -> Any:
+    """Rows of zeros, as the network takes them, where it is."""
     import torch
 
-    arrays = {key: torch.from_numpy(np.zeros((rows, *shape), dtype)) for key, (shape, dtype) in specs.items()}
+    arrays = {
+        key: torch.from_numpy(np.zeros((rows, *shape), dtype)).to(device) for key, (shape, dtype) in specs.items()
+    }
     return arrays.get(None, arrays)
 
 

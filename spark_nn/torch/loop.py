@@ -74,7 +74,7 @@ class Loop:
     def __post_init__(self) -> None:
         self._watch = self.schedule.nonFiniteLoss == "error"
         self._looked = 0.0
-        # A plateau's scheduler asks for a metric; and where a step is skipped, so is what goes by steps.
+        # A plateau's scheduler asks for a metric.
         self._plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
         self._by_step = self.scheduler is not None and self.recipe.lrSchedulerInterval == "step"
         kind = _TYPES.get(self.recipe.mixedPrecision)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from spark_nn.errors import ParamError
+from spark_nn.errors import ModelFileError, ParamError
 from spark_nn.torch.blueprint import is_module
 
 # The functions of torch.nn.functional that compare an output with a target and average over rows.
@@ -34,6 +34,7 @@ NAMES = (
     "smooth_l1_loss",
     "soft_margin_loss",
 )
+_MEANS = ("mean", "batchmean")
 _REGRESSION = {"mse", "l1", "smoothl1", "huber", "poissonnll"}
 # A module's short name for what the function spells out.
 _SPELT = {"bce": "binarycrossentropy", "bcewithlogits": "binarycrossentropywithlogits"}
@@ -64,16 +65,46 @@ def check_loss(loss: Any, *, weighted: bool, workers: int) -> None:
                 f"loss={each!r}: torch.nn.functional has no loss of this name that takes an output and a target; {hint}"
             )
         reduction = getattr(each, "reduction", "mean")
-        if reduction not in ("mean", "batchmean") and workers > 1:
+        if reduction == "none" or (reduction not in _MEANS and workers > 1):
             raise ParamError(
-                f"loss {type(each).__name__} has reduction={reduction!r}, which several workers cannot share: use "
-                "'mean' (PyTorch's default), or numWorkers=1"
+                f"loss {type(each).__name__} has reduction={reduction!r}, which "
+                + ("is no scalar" if reduction == "none" else "several workers cannot share")
+                + ": use 'mean' (PyTorch's default)"
+                + (", or numWorkers=1" if reduction != "none" else "")
+            )
+        if weighted and counts_classes(each):
+            raise ParamError(
+                f"weightCol and classWeights weight the loss of each row, and loss {type(each).__name__} weights "
+                "classes itself (weight or ignore_index): use one of them"
             )
         if weighted and not isinstance(each, str) and not _has_reduction(each):
             raise ParamError(
                 f"weightCol and classWeights weight the loss of each row, and loss={each!r} does not tell it: give a "
                 "loss by name, a module that has a reduction, or a function with an argument of that name, as those of "
                 "torch.nn.functional have"
+            )
+
+
+def counts_classes(loss: Any) -> bool:
+    """Whether a loss is a mean over rows of which some count more, or not at all, by their class."""
+    ignored = getattr(loss, "ignore_index", -100) if is_module(loss) else -100
+    return is_module(loss) and (getattr(loss, "weight", None) is not None or ignored != -100)
+
+
+def check_measurable(loss: Any) -> None:
+    """Driver side: refuse a loss whose value over many rows is not the mean of its values over parts of them.
+
+    Raises
+    ------
+    ModelFileError
+        It is such a one.
+    """
+    for each in loss.values() if isinstance(loss, dict) else [loss]:
+        if getattr(each, "reduction", "mean") not in _MEANS or counts_classes(each):
+            raise ModelFileError(
+                f"the model's loss {type(each).__name__} is no plain mean over rows (its reduction, weight or "
+                "ignore_index), and its value would depend on how the rows are partitioned: measure with another, as "
+                "TorchModel.load(path, model=..., loss=...) or TorchModel.fromTorch(..., loss=...)"
             )
 
 
@@ -180,8 +211,9 @@ class Criterion:
             return self._plain[name](output, target)
         if name not in self._rowwise:
             self._rowwise[name] = _row_by_row(_each(self._loss)[name])
-        each = self._rowwise[name](output, target)
-        return (each.reshape(len(weights), -1).mean(1) * weights).mean()
+        each = self._rowwise[name](output, target).reshape(len(weights), -1)
+        of_rows = each.sum(1) if getattr(_each(self._loss)[name], "reduction", "mean") == "batchmean" else each.mean(1)
+        return (of_rows * weights).mean()
 
 
 def fitted(target: Any, output: Any) -> Any:

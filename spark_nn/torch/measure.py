@@ -15,7 +15,7 @@ import numpy as np
 from spark_nn.columns import Arrays
 from spark_nn.outputs import Output
 from spark_nn.scoring.batches import slices
-from spark_nn.scoring.models import Share
+from spark_nn.share import Share
 from spark_nn.torch import codec, losses, predict
 from spark_nn.torch.blueprint import Blueprint
 

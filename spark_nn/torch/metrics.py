@@ -251,9 +251,9 @@ def _combine(metric: Any, found: Sequence[dict[str, Any]]) -> None:
             joined = [part for each in values for part in each]
             setattr(metric, name, [torch.cat(joined).to(metric.device)] if joined else [])
             continue
-        if len(values) > 1 and reduction is None:
-            raise ParamError(f"{type(metric).__name__} does not say how what several workers count becomes one")
-        value = values[0] if len(values) == 1 else reduction(torch.stack(values))
+        # Where a metric says nothing, torchmetrics too stacks what processes have counted: its `compute` joins them.
+        stacked = values[0] if len(values) == 1 else torch.stack(values)
+        value = stacked if len(values) == 1 or reduction is None else reduction(stacked)
         setattr(metric, name, value.to(metric.device))
     metric._update_count = sum(each["updates"] for each in seen)
     metric._computed = None

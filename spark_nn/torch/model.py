@@ -17,6 +17,7 @@ from spark_nn.scoring.evaluation import MeasureLoader
 from spark_nn.scoring.models import Loader
 from spark_nn.torch import codec, export, measure, predict, pretrained
 from spark_nn.torch.blueprint import Blueprint, BlueprintLoader, Specs, is_module, skeleton_of
+from spark_nn.torch.losses import NAMES, check_measurable
 from spark_nn.torch.stages import LIBRARIES, TorchColumns
 
 M = TypeVar("M", bound="TorchModel")
@@ -154,6 +155,7 @@ class TorchModel(TorchColumns, NeuralModel):
                 "the model's loss is not known, since it was a function or a module, which are not saved: give it, as "
                 "TorchModel.load(path, model=..., loss=...) or TorchModel.fromTorch(..., loss=...)"
             )
+        check_measurable(self._made().loss)
         return measure.MeasureLoader(self._made().pickled, json.dumps(self._described()))
 
     def _described(self) -> dict[str, Any]:
@@ -194,9 +196,17 @@ def _resolved(given: Blueprint, recorded: dict[str, Any], allowed: list[str]) ->
         function,
         recorded["arguments"] if given.skeleton is None else {},
         given.skeleton,
-        given.loss if given.loss is not None else _known(recorded.get("loss"), allowed),
+        given.loss if given.loss is not None else _known(_checked(recorded.get("loss")), allowed),
         given.metrics if given.metrics is not None else _known(recorded.get("metrics"), allowed),
     )
+
+
+def _checked(loss: Any) -> Any:
+    """A loss that was saved; the names in it are those of losses."""
+    for each in loss.values() if isinstance(loss, dict) and set(loss) != {"import"} else [loss]:
+        if isinstance(each, str) and each not in NAMES:
+            raise ModelFileError(f"the metadata names the loss {each!r}, and there is none of this name: save it again")
+    return loss
 
 
 def _known(value: Any, allowed: list[str]) -> Any:

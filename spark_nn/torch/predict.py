@@ -10,7 +10,7 @@ from typing import Any
 
 from spark_nn.columns import Arrays
 from spark_nn.scoring.batches import rows_for
-from spark_nn.scoring.models import Share
+from spark_nn.share import Share
 from spark_nn.torch import codec
 from spark_nn.torch.blueprint import Blueprint, Specs
 

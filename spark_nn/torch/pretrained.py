@@ -50,7 +50,8 @@ def describe(model: Any, example: Any, columns: dict[str, tuple[str, list[str]]]
     specs = {tensor.key: (tuple(tensor.shape or ()), tensor.dtype) for tensor in tensors}
     training = model.training
     try:
-        put_out = codec.by_name(codec.forward(model.eval(), codec.example(specs)))
+        device = next((each.device for each in model.parameters()), None)
+        put_out = codec.by_name(codec.forward(model.eval(), codec.example(specs, device=device)))
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise ParamError(f"the model does not take its example: {type(error).__name__}: {error}") from error
     finally:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from spark_nn.errors import CollectiveError
 from spark_nn.gang.collective import Collective
-from spark_nn.gang.ports import interface_of
+from spark_nn.gang.ports import interface_of, numeric
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ def joined(
             wait_for_workers=False,
             master_listen_fd=os.dup(door.fileno()) if first else None,
         )
-    if backend == "gloo" and (name := interface_of(socket.gethostbyname(host))) is not None:
+    if backend == "gloo" and (name := interface_of(numeric(host))) is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = name  # in this rank's own process
     dist.init_process_group(backend, store=store, rank=collective.rank, world_size=collective.world, timeout=limit)
     try:

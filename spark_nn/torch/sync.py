@@ -15,6 +15,8 @@ from spark_nn.gang.context import GangContext
 from spark_nn.torch.metrics import Tally
 from spark_nn.torch.trees import pack, unpack
 
+_DIGEST = hashlib.sha256().digest_size
+
 
 def start_alike(gang: GangContext, module: Any, seed: int) -> None:
     """Give every rank rank 0's weights and buffers, and random numbers of its own."""
@@ -28,9 +30,12 @@ def start_alike(gang: GangContext, module: Any, seed: int) -> None:
 def settle_buffers(gang: GangContext, module: Any) -> None:
     """Average what layers track on their own rows, such as BatchNorm's running statistics."""
     buffers = list(module.buffers())
-    if gang.world == 1 or len(set(gang.collective.all_gather(digest(buffers)))) == 1:
+    if gang.world == 1 or not buffers:
         return
-    for buffer in buffers:
+    found = gang.collective.all_gather(b"".join(digest([each]) for each in buffers))
+    for number, buffer in enumerate(buffers):
+        if len({each[number * _DIGEST : (number + 1) * _DIGEST] for each in found}) == 1:
+            continue  # the mean of numbers that are alike need not be the number itself
         if buffer.is_floating_point():
             wide = buffer.detach().to("cpu", torch.float64 if buffer.dtype is torch.float64 else torch.float32)
             array = np.array(wide.numpy(), order="C")

@@ -211,7 +211,7 @@ def test_what_a_file_does_not_hold_is_told(spark, df):
 def test_nothing_but_arrays_and_json_crosses(spark, df):
     """The state of a measure: a line of JSON and little-endian doubles, which add up in any order."""
     from spark_nn.keras.measure import load_measure
-    from spark_nn.scoring.models import Share
+    from spark_nn.share import Share
 
     native = compiled("mse", (["mae"], []), units=1)
     model = KerasModel.fromKeras(native, **SHARED)

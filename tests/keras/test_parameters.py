@@ -122,3 +122,15 @@ def test_what_workers_that_do_not_wait_cannot_do_is_refused(rows, store, params,
         KerasEstimator(parameterServers=2)
     with pytest.raises(ClusterError, match="numWorkers=4 and 1 more .* runs 4 tasks at a time: use 3 or fewer"):
         estimator(store, numWorkers=4).fit(rows)
+
+
+def scaled():
+    import keras
+
+    keras.config.set_dtype_policy("mixed_float16")
+    return build()
+
+
+def test_a_scale_of_the_loss_for_each_worker_is_refused(rows, store):
+    with pytest.raises(TrainingError, match="optimizer that scales the loss, .* use mixed_bfloat16"):
+        estimator(store, model=scaled, maxRetries=0).fit(rows)

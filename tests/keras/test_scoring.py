@@ -18,7 +18,7 @@ from pyspark.sql import functions as F
 
 from spark_nn import KerasModel
 from spark_nn.keras import predict
-from spark_nn.scoring.models import Share
+from spark_nn.share import Share
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -208,6 +208,25 @@ def test_blocks_are_as_large_as_the_widest_layer_allows(keras):
     assert predict.rows_at_once(image) == 32
     nested = keras.Sequential([keras.Input((28, 28, 1)), image, layers.Dense(2)])
     assert predict.rows_at_once(nested) == 32
+
+
+def test_layers_with_several_outputs_by_name_count_too(keras):
+    layers = keras.layers
+    x = keras.Input((6,))
+    backbone = keras.Model(x, {"wide": layers.Dense(2048)(x), "narrow": layers.Dense(2)(x)})
+    assert predict.rows_at_once(keras.Model(x, layers.Dense(1)(backbone(x)["wide"]))) == 512
+
+
+def test_a_model_does_not_see_rows_that_it_cannot_take(spark, keras):
+    word = keras.Input((1,), dtype="string")
+    looked_up = keras.layers.StringLookup(vocabulary=["a", "b"], num_oov_indices=0, output_mode="one_hot")(word)
+    native = keras.Model(word, keras.layers.Dense(1)(looked_up))
+    df = spark.range(0, 40, 1, 2).select("id", F.expr("if(id < 20, null, if(id % 2 = 0, 'a', 'b'))").alias("features"))
+    model = KerasModel.fromKeras(native, outputKind="regression", handleInvalid="keep")
+    found = [row.prediction for row in sorted(model.transform(df).select("id", "prediction").collect())]
+    a, b = (float(each) for each in native(np.array([["a"], ["b"]]))[:, 0])
+    assert found[:20] == [None] * 20
+    close(found[20:], [a, b] * 10)
 
 
 def test_one_graph_serves_blocks_of_any_number_of_rows(keras):

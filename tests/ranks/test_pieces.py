@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from spark_nn.errors import ParamError
-from spark_nn.gang.ports import Port, local_addresses
+from spark_nn.gang.ports import Port, local_addresses, numeric
 from spark_nn.ranks import values
 from spark_nn.ranks.roles import Cast
 from spark_nn.ranks.saves import Saves
@@ -132,3 +132,10 @@ def test_a_port_of_several_machines_is_reached_at_the_address_of_the_task_alone(
         assert reached(own, port)
         assert [address for address in others if reached(address, port)] == []
     port.close()
+
+
+def test_a_port_is_for_an_address_and_not_for_a_name():
+    assert numeric("localhost") in ("127.0.0.1", "::1")
+    assert numeric("192.0.2.7") == "192.0.2.7"
+    with pytest.raises(ValueError, match="localhost"):
+        Port("localhost")

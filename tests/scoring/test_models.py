@@ -9,7 +9,8 @@ import pytest
 
 from spark_nn.dataset import memory
 from spark_nn.errors import ModelFileError
-from spark_nn.scoring.models import Kept, Share
+from spark_nn.scoring.models import Kept
+from spark_nn.share import Share
 
 pytestmark = pytest.mark.timeout(30)
 

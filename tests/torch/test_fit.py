@@ -256,6 +256,9 @@ def test_bfloat16_trains_close_to_single_precision(spark, store):
 REFUSED = [
     ({"loss": "mse"}, r"loss='mse': torch.nn.functional has no loss of this name .* did you mean 'mse_loss'"),
     ({"loss": torch.nn.MSELoss(reduction="sum"), "numWorkers": 2}, "reduction='sum', which several workers cannot"),
+    ({"loss": torch.nn.MSELoss(reduction="none")}, "reduction='none', which is no scalar: use 'mean'"),
+    ({"loss": torch.nn.CrossEntropyLoss(torch.ones(2)), "weightCol": "w"}, "weights classes itself .* use one of them"),
+    ({"loss": torch.nn.NLLLoss(ignore_index=0), "classWeights": {1: 2.0}}, "weights classes itself .* use one of them"),
     ({"loss": two_halves, "weightCol": "w"}, "weight the loss of each row, and loss=.* does not tell it"),
     ({"modelParams": {"width": 3}}, r"modelParams=\{'width': 3\} are not arguments of the function"),
     (
