@@ -14,9 +14,8 @@ import numpy as np
 
 from spark_nn.checkpoint import Checkpoints
 from spark_nn.columns import Tensor
-from spark_nn.dataset import memory
-from spark_nn.dataset.manifest import MANIFEST, Manifest, Split
-from spark_nn.dataset.stream import Block, Cache, Stream
+from spark_nn.dataset.manifest import Manifest, Split
+from spark_nn.dataset.stream import Block, Cache, Stream, choose_cache
 from spark_nn.errors import NonFiniteLoss, ParamError, SparkNNError
 from spark_nn.gang.context import GangContext, attempt_name
 from spark_nn.store import RunDir, digest
@@ -114,13 +113,7 @@ class Trainer(ABC):
 
     def __call__(self, gang: GangContext, data: RunDir) -> dict[str, Any]:
         """Train on the dataset in a directory; return :class:`Trained` as a dict."""
-        value = data.readJson(MANIFEST)
-        if value is None:
-            raise SparkNNError(
-                f"rank {gang.rank} on {gang.host} finds no dataset in {data.url}: the store is not the "
-                "same directory there as on the driver. Set storeUrl to storage that all hosts share"
-            )
-        manifest = Manifest.fromDict(value)
+        manifest = Manifest.of(data)
         schedule = self.schedule
         identity = {"rows": asdict(manifest.content), "batch": schedule.batch, "seed": schedule.seed}
         checkpoints = Checkpoints(gang, schedule.checkpointInterval, identity)
@@ -172,12 +165,9 @@ class Trainer(ABC):
         )
 
     def _cache(self, gang: GangContext, manifest: Manifest) -> Cache:
-        if self.schedule.cache != "auto":
-            return self.schedule.cache
-        needed = int((manifest.rows("train") + manifest.rows("validation")) * manifest.row_bytes)
-        # In the end each rank keeps all row groups. One epoch would not use what it keeps.
+        rows = manifest.rows("train") + manifest.rows("validation")
         repeated = self.schedule.epochs > 1 or self.schedule.stepsPerEpoch is not None
-        return "memory" if repeated and memory.fits(needed, gang.neighbours) else "none"
+        return choose_cache(self.schedule.cache, int(rows * manifest.row_bytes), gang.neighbours, repeated=repeated)
 
 
 def row_weights(block: Block, weights: dict[int, float]) -> np.ndarray | None:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from spark_nn.columns import Tensor, row_bytes
 from spark_nn.dataset.fingerprint import Fingerprint
+from spark_nn.errors import StoreError
+from spark_nn.store import RunDir
 
 Split = Literal["train", "validation"]
 
@@ -66,6 +68,23 @@ class Manifest:
     content: Fingerprint
     string_bytes: float = 0.0
     skipped: int = 0
+
+    @classmethod
+    def of(cls, run: RunDir) -> Manifest:
+        """Worker side: the manifest of the dataset in a directory.
+
+        Raises
+        ------
+        StoreError
+            There is none.
+        """
+        value = run.readJson(MANIFEST)
+        if value is None:
+            raise StoreError(
+                f"there is no dataset in {run.url} for this worker: the store is not the same directory here as on the "
+                "driver. Set storeUrl to storage that all hosts share"
+            )
+        return cls.fromDict(value)
 
     @property
     def row_bytes(self) -> float:

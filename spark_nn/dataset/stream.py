@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spark_nn.columns import Tensor
-from spark_nn.dataset import petastorm_compat, plan
+from spark_nn.dataset import memory, petastorm_compat, plan
 from spark_nn.dataset.buffers import Buffers
 from spark_nn.dataset.manifest import Group, Manifest, Split
 from spark_nn.dataset.writer import unpack
@@ -31,6 +31,26 @@ from spark_nn.store import RunDir, is_lasting
 
 Block = dict[str, np.ndarray]
 Cache = Literal["none", "memory", "disk"]
+
+
+def choose_cache(wanted: Cache | Literal["auto"], nbytes: int, processes: int, *, repeated: bool) -> Cache:
+    """What to keep of the rows that were read, where the user leaves that to us.
+
+    Parameters
+    ----------
+    wanted : {"auto", "none", "memory", "disk"}
+        The user's choice.
+    nbytes : int
+        Bytes of all rows in memory: in the end each rank keeps all row groups.
+    processes : int
+        Ranks on this machine.
+    repeated : bool
+        Whether rows are read more than once; else nobody would use what is kept.
+    """
+    if wanted != "auto":
+        return wanted
+    return "memory" if repeated and memory.fits(nbytes, processes) else "none"
+
 
 # On a local disk one decodes while another reads; a store across the network makes each of them wait.
 _LOCAL_THREADS, _REMOTE_THREADS = 2, 4

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from spark_nn.columns import arrange
-from spark_nn.dataset import memory
-from spark_nn.dataset.manifest import MANIFEST, Manifest
-from spark_nn.dataset.stream import Block, Cache, Stream
-from spark_nn.errors import ParamError, StoreError
+from spark_nn.dataset.manifest import Manifest
+from spark_nn.dataset.stream import Block, Stream, choose_cache
+from spark_nn.errors import ParamError
 from spark_nn.gang.context import GangContext
 from spark_nn.gang.progress import Reporter
 from spark_nn.ranks.roles import Cast, Role
@@ -187,13 +186,9 @@ class RankContext:
                 f"batchSize={batchSize} must be a positive multiple of numWorkers={readers}: the workers share each "
                 "batch equally"
             )
-        value = self._reading.data.readJson(MANIFEST)
-        if value is None:
-            raise StoreError(
-                f"rank {self.rank} finds no dataset in {self._reading.data.url}: the store is not the same directory "
-                "there as on the driver. Set storeUrl to storage that all hosts share"
-            )
-        manifest = Manifest.fromDict(value)
+        manifest = Manifest.of(self._reading.data)
+        needed = int(manifest.rows("train") * manifest.row_bytes)
+        repeated = epochs - initialEpoch > 1
         stream = Stream(
             self._reading.data,
             manifest,
@@ -203,7 +198,7 @@ class RankContext:
             batch=batchSize // readers,
             seed=self._reading.seed,
             shuffle=self._reading.shuffle and not aside,
-            cache=self._cache(manifest, epochs - initialEpoch),
+            cache=choose_cache(self._reading.cache, needed, self._gang.neighbours, repeated=repeated),
             scratch=self.scratch,
             timeout=self.timeout,
         )
@@ -228,13 +223,6 @@ class RankContext:
         seconds = [*progress.state.seconds, now - self._reported]
         self._reported = now
         progress.update(history=history, seconds=seconds)
-
-    def _cache(self, manifest: Manifest, epochs: int) -> Cache:
-        assert self._reading is not None
-        if self._reading.cache != "auto":
-            return self._reading.cache
-        needed = int(manifest.rows("train") * manifest.row_bytes)
-        return "memory" if epochs > 1 and memory.fits(needed, self._gang.neighbours) else "none"
 
 
 @dataclass(frozen=True)
