@@ -14,8 +14,9 @@ Block = Sequence[np.ndarray]
 
 # Seconds between two looks at whether anybody still wants what a full queue has no room for.
 _LOOK = 0.1
-# What a network's widest layer puts out for the rows in work: about what a core's own cache holds.
-_WIDEST_BYTES = 4 << 20
+# What a network's widest layer puts out for the rows in work: not much more than a core's own cache holds, and enough
+# for a call to cost little beside it.
+_WIDEST_BYTES = 8 << 20
 _FEWEST, _MOST = 32, 4096
 
 

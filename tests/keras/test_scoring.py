@@ -203,7 +203,7 @@ def test_blocks_are_as_large_as_the_widest_layer_allows(keras):
     layers = keras.layers
     assert predict.rows_at_once(mlp(keras)) == 4096
     wide = keras.Sequential([keras.Input((6,)), layers.Dense(4096), layers.Dense(1)])
-    assert predict.rows_at_once(wide) == 256
+    assert predict.rows_at_once(wide) == 512
     image = keras.Sequential([keras.Input((28, 28, 1)), layers.Conv2D(64, 3), layers.GlobalMaxPooling2D()])
     assert predict.rows_at_once(image) == 32
     nested = keras.Sequential([keras.Input((28, 28, 1)), image, layers.Dense(2)])
@@ -214,7 +214,7 @@ def test_layers_with_several_outputs_by_name_count_too(keras):
     layers = keras.layers
     x = keras.Input((6,))
     backbone = keras.Model(x, {"wide": layers.Dense(2048)(x), "narrow": layers.Dense(2)(x)})
-    assert predict.rows_at_once(keras.Model(x, layers.Dense(1)(backbone(x)["wide"]))) == 512
+    assert predict.rows_at_once(keras.Model(x, layers.Dense(1)(backbone(x)["wide"]))) == 1024
 
 
 def test_a_model_does_not_see_rows_that_it_cannot_take(spark, keras):
