@@ -121,8 +121,9 @@ class KerasPredictor:
 
         self._model = model
         self._device = device
-        # A model whose Input names a batch size takes that many rows and no others.
-        self._fixed = next((int(each.shape[0]) for each in getattr(model, "inputs", None) or () if each.shape[0]), None)
+        # A model's Input may name a batch size. Few mean it: what was built by calling it has that of the call.
+        self._named = next((int(each.shape[0]) for each in getattr(model, "inputs", None) or () if each.shape[0]), None)
+        self._fixed: int | None = None
         self._graphs: dict[Any, Any] = {}
 
         # Without autograph, which would leave generated files in the temporary directory: Keras layers need none.
@@ -135,10 +136,19 @@ class KerasPredictor:
     @property
     def rows(self) -> int:
         """Rows that go through it at once with good speed and little memory."""
-        return self._fixed or rows_at_once(self._model)
+        return rows_at_once(self._model)
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Predict a block of rows."""
+        if self._named is None or self._fixed is not None:
+            return self._predict(inputs)
+        try:
+            return self._predict(inputs)
+        except Exception:  # noqa: BLE001  (whatever comes of another number of rows; if it was not that, it comes again)
+            self._fixed = self._named
+            return self._predict(inputs)
+
+    def _predict(self, inputs: Arrays) -> Arrays:
         import tensorflow as tf
 
         named = isinstance(inputs, dict)

@@ -189,8 +189,7 @@ def test_outputs_of_every_kind(spark, keras):
 def test_a_model_that_takes_a_fixed_number_of_rows_gets_it(spark, keras):
     df, x = partitions(spark).where("id < 10100"), numbers()[:10100]
     rows = keras.Input((6,), batch_size=32)
-    dense = keras.layers.Dense(2)
-    native = keras.Model(rows, keras.layers.Dense(1)(keras.layers.Reshape((2,))(dense(rows))))
+    native = keras.Model(rows, keras.layers.Dense(1)(keras.ops.reshape(keras.layers.Dense(2)(rows), (32, 2))))
     model = KerasModel.fromKeras(
         native, inputCols=[f"x{k}" for k in range(6)], outputKind="regression", predictBatchSize=100
     )
@@ -227,6 +226,16 @@ def test_a_model_does_not_see_rows_that_it_cannot_take(spark, keras):
     a, b = (float(each) for each in native(np.array([["a"], ["b"]]))[:, 0])
     assert found[:20] == [None] * 20
     close(found[20:], [a, b] * 10)
+
+
+def test_a_model_that_was_built_by_a_call_takes_any_number_of_rows_at_once(keras):
+    native = keras.Sequential([keras.layers.Dense(4, "relu"), keras.layers.Dense(1)])
+    native(np.zeros((1, 6), np.float32))
+    predictor = predict.KerasPredictor(native, "/CPU:0")
+    x = numbers()[:5000]
+    close(predictor(x), native.predict(x, verbose=0))
+    assert predictor._fixed is None
+    assert predictor._forward.experimental_get_tracing_count() == 1
 
 
 def test_one_graph_serves_blocks_of_any_number_of_rows(keras):
