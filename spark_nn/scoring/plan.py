@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
+from pyspark.sql.types import ArrayType, DataType, MapType, StructType, UserDefinedType
 
 from spark_nn.columns import expression, quoted
 from spark_nn.errors import ColumnError
@@ -64,10 +65,33 @@ def score(dataset: DataFrame, scorer: Scorer, columns: dict[str, str]) -> DataFr
         vector = scorer.outputs[output].vector(param)
         # Spark's conversion of a null to a Vector fails.
         results[name] = F.when(value.isNotNull(), array_to_vector(value)) if vector else value
-    scored = dataset.withColumn(held, scores)
+    scored = _by_rows(dataset).withColumn(held, scores)
     if skip:
         scored = scored.where(F.col(held)[USED])
     return scored.withColumns(results).drop(held)
+
+
+def _by_rows(dataset: DataFrame) -> DataFrame:
+    """The DataFrame, so planned that Spark hands its rows to Python one by one where there are Vectors among them.
+
+    Spark 4.3 hands over what a Parquet file holds column by column, and fails where one of these is a Vector, be it
+    only carried along ("Unsupported data type UDT"). A condition keeps it from that. This one is always true, which
+    Spark does not see; other conditions may still go before it.
+    """
+    vectors = [field.name for field in dataset.schema.fields if _has_udt(field.dataType)]
+    if not vectors:
+        return dataset
+    return dataset.where(f"(hash(isnull({quoted(vectors[0])})) & 0) = 0")
+
+
+def _has_udt(kind: DataType) -> bool:
+    if isinstance(kind, StructType):
+        return any(_has_udt(field.dataType) for field in kind.fields)
+    if isinstance(kind, ArrayType):
+        return _has_udt(kind.elementType)
+    if isinstance(kind, MapType):
+        return _has_udt(kind.keyType) or _has_udt(kind.valueType)
+    return isinstance(kind, UserDefinedType)
 
 
 def ship(spark: SparkSession, file: Path) -> str:

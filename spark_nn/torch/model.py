@@ -17,7 +17,7 @@ from spark_nn.scoring.evaluation import MeasureLoader
 from spark_nn.scoring.models import Loader
 from spark_nn.torch import codec, export, measure, predict, pretrained
 from spark_nn.torch.blueprint import Blueprint, BlueprintLoader, Specs, is_module, skeleton_of
-from spark_nn.torch.losses import NAMES, check_measurable
+from spark_nn.torch.losses import NAMES, check_loss, check_measurable
 from spark_nn.torch.stages import LIBRARIES, TorchColumns
 
 M = TypeVar("M", bound="TorchModel")
@@ -80,6 +80,8 @@ class TorchModel(TorchColumns, NeuralModel):
         if not is_module(model):
             raise TypeError(f"model takes a torch.nn.Module, not {model!r} ({type(model).__name__})")
         codec.check_shaped(model)
+        if loss is not None:
+            check_loss(loss, weighted=False, workers=1)
         made._fitted = pretrained.describe(model, example, made.inputColumns(), loss)
         made._blueprint = Blueprint(None, skeleton=skeleton_of(model), loss=loss, metrics=metrics)
         made._blueprint.pickled  # noqa: B018  (refuses what cannot be sent)

@@ -7,6 +7,7 @@ import functools
 import numpy as np
 import pyspark
 import pytest
+from pyspark.ml.functions import array_to_vector
 from pyspark.sql import functions as F
 
 from spark_nn.columns import features
@@ -92,6 +93,17 @@ def test_a_filter_on_other_columns_goes_before_the_model(spark, counted):
     assert sum(counted.seen()) == 30
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_vectors_in_a_parquet_file_may_be_carried_along(spark, counted, tmp_path, nested):
+    df = rows(spark).withColumn("vector", array_to_vector(F.array("a", "b")))
+    df = df.withColumn("vector", F.array("vector")) if nested else df
+    df.write.parquet(str(tmp_path / "rows"))
+    found = counted(spark.read.parquet(str(tmp_path / "rows"))).where("id < 500")
+    assert found.agg(F.sum("prediction")).first()[0] == sum(2 * i - 2 for i in range(500))
+    assert sum(counted.seen()) == 500
+    assert found.select("vector").count() == 500
+
+
 def test_planning_starts_no_job(spark, counted):
     broken = rows(spark).withColumn("a", F.expr("if(id >= 0, raise_error('read'), 0)").cast("double"))
     spark.sparkContext.setJobGroup("planned", "")
@@ -111,7 +123,8 @@ def test_rows_that_cannot_be_used_are_kept_with_a_null(spark, counted, monkeypat
     assert [row.id for row in found] == list(range(1000))
     usable = [i >= 100 and i % 3 != 1 for i in range(1000)]
     assert [row.prediction for row in found] == [2.0 * i - 2 if used else None for i, used in enumerate(usable)]
-    assert max(counted.seen()) == (rows_at_once or 100)
+    assert sum(counted.seen()) == sum(usable)
+    assert max(counted.seen()) <= (rows_at_once or 100)
 
 
 def test_a_stream_is_scored_batch_by_batch(spark, counted, tmp_path):
