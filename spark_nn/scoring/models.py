@@ -24,6 +24,8 @@ from spark_nn.store import digest
 
 # However small they are: each has a graph and traces of its own beside its weights.
 _MOST = 8
+# Bytes of models that are worth a search for what nobody refers to any more, which takes a good part of a second.
+_LARGE = 64 << 20
 
 
 class Predictor(Protocol):
@@ -92,14 +94,13 @@ class Kept:
         """Forget models that were used longest ago, until one more may come."""
         workers = max(1, (os.cpu_count() or 1) // share.cpus)
         known = memory.free_bytes() > 0
-        dropped = False
+        dropped = 0
         while self._models:
             size_of_all = size + sum(kept for _, kept in self._models.values())
             if len(self._models) < self._most and (not known or memory.fits(size_of_all, workers)):
                 break
-            self._models.popitem(last=False)
-            dropped = True
-        if dropped:
+            dropped += self._models.popitem(last=False)[1][1]
+        if dropped > _LARGE:
             gc.collect()  # the layers of a network refer to each other
 
 
