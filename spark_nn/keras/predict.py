@@ -114,12 +114,17 @@ class KerasPredictor:
         The model.
     device : str
         TensorFlow's name of the device to run it on.
+
+    Attributes
+    ----------
+    rows : int
+        Rows that go through it at once with good speed and little memory.
     """
 
     def __init__(self, model: Any, device: str) -> None:
         import tensorflow as tf
 
-        self._model = model
+        self.rows = rows_at_once(model)
         self._device = device
         # A model's Input may name a batch size. Few mean it: what was built by calling it has that of the call.
         self._named = next((int(each.shape[0]) for each in getattr(model, "inputs", None) or () if each.shape[0]), None)
@@ -132,11 +137,6 @@ class KerasPredictor:
             return by_name(model, model(block, training=False))
 
         self._forward = forward
-
-    @property
-    def rows(self) -> int:
-        """Rows that go through it at once with good speed and little memory."""
-        return rows_at_once(self._model)
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Predict a block of rows."""
