@@ -94,7 +94,7 @@ class ToyTrainer(Trainer):
             report.begin_epoch(epoch)
             start = place.step if epoch == place.epoch else 0
             for step, block in enumerate(data.epoch(epoch, start=start), start + 1):
-                report.end_step(step - 1, seen[0] / max(1, seen[1]))
+                report.end_step(step, seen[0] / seen[1] if seen[1] else None)
                 if gang.rank == self.failRank and step == 3:
                     raise ValueError("the toy broke on purpose")
                 x, y = block["features"].astype(np.float64), block["label"].astype(np.float64)
@@ -109,7 +109,6 @@ class ToyTrainer(Trainer):
                     ballast = np.ones(self.ballast, np.uint8)
                     checkpoints.save(Place(epoch, step), state, {"ballast": ballast}, {"seen": seen})
             gang.collective.all_reduce(seen)
-            report.end_step(data.steps, seen[0] / seen[1])
             report.end_epoch({"loss": seen[0] / seen[1], "rows": seen[1]})
             seen = np.zeros(2)
         check_digests(gang, toy.weights.tobytes())

@@ -100,6 +100,7 @@ class Board:
         with self._lock:
             try:
                 if failed:
+                    self._screen.show({})
                     for url, fit in self._fits.items():
                         if fit.state is not None or len(self._fits) == 1:
                             self.done(url, failed=True)
@@ -264,9 +265,9 @@ class _Fit:
         """Where it stands."""
         state, note = self.state, self._note and f", {self._note}"
         if state is None:
-            return View(
-                f"{self.label}{self._waiting}{note}", facts=(_span(time.monotonic() - self._since),), weights=(0,)
-            )
+            passed = time.monotonic() - self._since
+            waited = f"{passed:.0f} s" if passed < 60 else _clock(passed)
+            return View(f"{self.label}{self._waiting}{note}", facts=(waited,), weights=(0,))
         phase = _PHASES.get(state.phase, state.phase)
         if not state.epoch or phase.startswith("starting"):
             return View(f"{self.label}{phase}{note}")
