@@ -181,7 +181,7 @@ def test_a_fit_is_a_bar_from_its_first_moment_to_the_line_that_it_leaves(run, te
         with board.attempt({run.url: run}, {}):
             assert until(screen, "starting").startswith("starting  0 s")
             run.writeJson(PROGRESS, state(phase="trace"))
-            assert until(screen, "(").strip() == "starting (first step)"
+            assert re.match(r"starting \(first step\)  \d s", until(screen, "("))
             run.writeJson(PROGRESS, state(**BEGUN))
             assert until(screen, "10/100") == f"epoch 1/2 |{'█' * 3}{' ' * 27}| 10/100"
             # 50 steps of 10 rows in 2.5 s of training; 40 and 100 steps are left.
