@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from pyspark.ml.base import Estimator
@@ -28,6 +28,7 @@ from spark_nn.persistence import ModelFile
 from spark_nn.stage import Stage
 from spark_nn.store import RunDir, store_url
 from spark_nn.summary import TrainingSummary
+from spark_nn.tracking.events import run_folder, run_name
 from spark_nn.trainer import Schedule, Trained, Trainer
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         return 0
 
     def _fit(self, dataset: DataFrame) -> M:
-        ((_, model),) = Fits(dataset, [self._checked(dataset)])
+        ((_, model),) = Fits(dataset, [self._checked(dataset, run_name(self.uid))])
         return model
 
     def fitMultiple(self, dataset: DataFrame, paramMaps: Sequence[ParamMap]) -> Iterator[tuple[int, M]]:
@@ -86,11 +87,19 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         ParamError, ColumnError, ClusterError
             A map holds what cannot be; nothing has been started.
         """
-        estimators = [self.copy(each) for each in paramMaps]
-        return Fits(dataset, [each._checked(dataset) for each in estimators])
+        estimators, name = [self.copy(each) for each in paramMaps], run_name(self.uid)
+        return Fits(dataset, [each._checked(dataset, f"{name}/map-{place}") for place, each in enumerate(estimators)])
 
-    def _checked(self, dataset: DataFrame) -> _Fit[M]:
-        """The fit of this estimator on a DataFrame, after all that can be wrong before anything is started."""
+    def _checked(self, dataset: DataFrame, name: str) -> _Fit[M]:
+        """The fit of this estimator on a DataFrame, after all that can be wrong before anything is started.
+
+        Parameters
+        ----------
+        dataset : pyspark.sql.DataFrame
+            The rows.
+        name : str
+            What the fit is called below `logDir`.
+        """
         began = time.monotonic()
         self.checkTrainingParams()
         self._check()
@@ -102,6 +111,8 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         gang = Gang(dataset.sparkSession, world, self.getTimeout(), self.getMaxRetries(), gpus, others)
         gang.check()
         store = store_url(dataset.sparkSession, self.getStoreUrl() if self.isDefined("storeUrl") else None)
+        if self.isDefined("logDir"):
+            schedule = replace(schedule, logUrl=run_folder(self.getLogDir(), name))
         return _Fit(self, gang, store, spec, schedule, began, time.monotonic() - began)
 
     def _modelOf(self, trained: Trained, file: ModelFile, manifest: Manifest, summary: TrainingSummary) -> M:
@@ -178,6 +189,7 @@ class _Fit(Generic[M]):
             rowsPerSecond=trained.rowsPerSecond,
             epochSeconds=trained.epochSeconds,
             restarts=outcome.restarts,
+            logDir=self.schedule.logUrl,
             seconds={
                 "check": self.checking,
                 "materialize": materializing,

@@ -413,6 +413,12 @@ class TrainingParams(ModelParams, RunningParams, HasValidationIndicatorCol, HasS
         "the same machine, else none. The result does not depend on it.",
         choice("cache", ("auto", "memory", "disk", "none")),
     )
+    logDir: Param[str] = param(
+        "logDir",
+        "Directory for TensorBoard, as a path or fsspec URL that the driver and every executor can write. Each fit "
+        "makes a folder of its own there, and each map of a grid one below that.",
+        TypeConverters.toString,
+    )
     verbose: Param[int] = param(
         "verbose",
         "Progress on the driver's standard error: 0 none, 1 a line per epoch and on a terminal a live bar, 2 a line "
@@ -530,6 +536,14 @@ class TrainingParams(ModelParams, RunningParams, HasValidationIndicatorCol, HasS
     def setStoreUrl(self: P, value: str) -> P:
         """Set :py:attr:`storeUrl`."""
         return self._set(storeUrl=value)
+
+    def getLogDir(self) -> str:
+        """Get :py:attr:`logDir`."""
+        return self.getOrDefault(self.logDir)
+
+    def setLogDir(self: P, value: str) -> P:
+        """Set :py:attr:`logDir`."""
+        return self._set(logDir=value)
 
     def getVerbose(self) -> int:
         """Get :py:attr:`verbose`."""

@@ -88,6 +88,7 @@ class ToyTrainer(Trainer):
             place, history, seen = found.place, found.state["history"], found.own["seen"]
             toy.weights[:] = np.frombuffer(bytes.fromhex(found.state["weights"]))
         checkpoints.begin(place.epoch * data.steps + place.step)
+        events = self.events(gang, place.epoch)
         for epoch in range(place.epoch, self.schedule.epochs):
             began = time.monotonic()
             start = place.step if epoch == place.epoch else 0
@@ -112,6 +113,9 @@ class ToyTrainer(Trainer):
             seen = np.zeros(2)
             seconds = [*gang.progress.state.seconds, time.monotonic() - began]
             gang.progress.update(history=history, seconds=seconds)
+            if events is not None:
+                logs = {name: values[-1] for name, values in history.items()}
+                events.epoch(epoch, logs, self.rate, gang.progress.state.rows / seconds[-1])
         check_digests(gang, toy.weights.tobytes())
         name, sha256 = publish(gang, lambda path: np.save(path, toy.weights), ".npy") if gang.rank == 0 else ("", "")
         return Trained(

@@ -139,6 +139,10 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         How often training is begun again, from the last checkpoint, after a machine has failed.
     checkpointInterval : int, optional
         Steps between two checkpoints, -1 for none. Default: one about every minute.
+    logDir : str, optional
+        Directory for TensorBoard, as a path or fsspec URL: each fit writes its metrics by epoch, the learning rate,
+        rows per second and the network to a folder of its own there (``summary.logDir``). Needs the package
+        tensorboard where tasks run.
     verbose : {0, 1, 2}, default 1
         Progress on standard error: none; a line per epoch and, on a terminal, a live bar; a line per epoch only.
 
@@ -217,6 +221,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         timeout: float = 600.0,
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
+        logDir: str | None = None,
         verbose: int = 1,
     ) -> None:
         super().__init__()
@@ -268,6 +273,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         timeout: float = 600.0,
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
+        logDir: str | None = None,
         verbose: int = 1,
     ) -> E:
         """Set the params that are given; None stands for not given."""

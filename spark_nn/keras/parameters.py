@@ -8,6 +8,7 @@ other; one that is killed is missing from then on, with the rest of its rows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import struct
 import threading
@@ -27,10 +28,12 @@ from spark_nn.gang.failure import lost_ranks
 from spark_nn.gang.visits import Hall, Visit
 from spark_nn.keras import codec
 from spark_nn.keras.describe import describe_outputs
+from spark_nn.keras.draw import draw, learning_rate
 from spark_nn.keras.feed import Feed
 from spark_nn.keras.training import INITIAL_MODEL, KerasTrainer, _fetched, _take_optimizer, _take_weights
 from spark_nn.outputs import Output
 from spark_nn.store import RunDir
+from spark_nn.tracking.events import Events
 from spark_nn.trainer import Trained, publish
 
 _PULL, _STATE, _PUSH, _EPOCH = range(4)
@@ -89,7 +92,8 @@ class ParameterTrainer(KerasTrainer):
         )
 
     def _serve(self, gang: GangContext, manifest: Manifest, model: Any, outputs: dict[str, Any]) -> Trained:
-        server = ParameterServer(model, gang, self.schedule.epochs, manifest.rows("train"))
+        events = self.events(gang, 0, functools.partial(draw, model))
+        server = ParameterServer(model, gang, self.schedule.epochs, manifest.rows("train"), events)
         hall = Hall(gang, server.answer, server.limit)
         server.hall = hall
         gang.progress.update(phase="serving")
@@ -141,6 +145,8 @@ class ParameterServer:
         Rank 0's view of its gang.
     epochs, rows : int
         Epochs of the training, and rows of each.
+    events : Events or None
+        What tells TensorBoard.
 
     Attributes
     ----------
@@ -150,10 +156,11 @@ class ParameterServer:
         Bytes that a request may have.
     """
 
-    def __init__(self, model: Any, gang: GangContext, epochs: int, rows: int) -> None:
+    def __init__(self, model: Any, gang: GangContext, epochs: int, rows: int, events: Events | None = None) -> None:
         self.model = model
         self.updates = 0
         self.hall: Hall | None = None
+        self.events = events
         self._gang = gang
         self._lock = threading.Lock()
         self._apply = _applied(model)
@@ -204,6 +211,9 @@ class ParameterServer:
             seconds = [*progress.state.seconds, now - self._began]
             self._began = now
             progress.update(epoch=number + 1, history=history, seconds=seconds)
+            if self.events is not None:
+                logs = {name: values[-1] for name, values in history.items()}
+                self.events.epoch(number, logs, learning_rate(self.model.optimizer), rows / seconds[-1])
 
 
 class Worker:

@@ -81,9 +81,9 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         How training goes through the rows, as there.
     validationFraction, validationIndicatorCol : optional
         What is held back, as there.
-    storeUrl, cache, collective, useGpu, timeout, maxRetries, checkpointInterval, verbose : optional
-        How the gang runs, as there. ``collective="native"`` is DistributedDataParallel over NCCL between GPUs, and over
-        Gloo between CPUs.
+    storeUrl, cache, collective, useGpu, timeout, maxRetries, checkpointInterval, logDir, verbose : optional
+        How the gang runs, and what TensorBoard is told, as there. ``collective="native"`` is DistributedDataParallel
+        over NCCL between GPUs, and over Gloo between CPUs.
 
     Notes
     -----
@@ -169,6 +169,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         timeout: float = 600.0,
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
+        logDir: str | None = None,
         verbose: int = 1,
     ) -> None:
         super().__init__()
@@ -223,6 +224,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         timeout: float = 600.0,
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
+        logDir: str | None = None,
         verbose: int = 1,
     ) -> E:
         """Set the params that are given; None stands for not given."""
