@@ -7,9 +7,10 @@ do with the result (see :mod:`spark_nn.model`).
 
 from __future__ import annotations
 
+import functools
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -29,6 +30,7 @@ from spark_nn.stage import Stage
 from spark_nn.store import RunDir, store_url
 from spark_nn.summary import TrainingSummary
 from spark_nn.tracking.events import run_folder, run_name
+from spark_nn.tracking.mlflow import Run
 from spark_nn.trainer import Schedule, Trained, Trainer
 
 if TYPE_CHECKING:
@@ -59,7 +61,10 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         return 0
 
     def _fit(self, dataset: DataFrame) -> M:
+        run = self._run()
         ((_, model),) = Fits(dataset, [self._checked(dataset, run_name(self.uid))])
+        if run is not None:
+            run.log_fit(self, dataset, model)
         return model
 
     def fitMultiple(self, dataset: DataFrame, paramMaps: Sequence[ParamMap]) -> Iterator[tuple[int, M]]:
@@ -87,8 +92,19 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         ParamError, ColumnError, ClusterError
             A map holds what cannot be; nothing has been started.
         """
-        estimators, name = [self.copy(each) for each in paramMaps], run_name(self.uid)
-        return Fits(dataset, [each._checked(dataset, f"{name}/map-{place}") for place, each in enumerate(estimators)])
+        name, run = run_name(self.uid), self._run()
+        fits = []
+        for place, changed in enumerate(paramMaps):
+            estimator = self.copy(changed)
+            fit = estimator._checked(dataset, f"{name}/map-{place}")
+            if run is not None:
+                fit = replace(fit, told=functools.partial(run.log_map, estimator, changed))
+            fits.append(fit)
+        return Fits(dataset, fits)
+
+    def _run(self) -> Run | None:
+        """The run that a fit is to be logged to, as this thread has it."""
+        return Run.active() if self.getTracking() == "mlflow" else None
 
     def _checked(self, dataset: DataFrame, name: str) -> _Fit[M]:
         """The fit of this estimator on a DataFrame, after all that can be wrong before anything is started.
@@ -169,6 +185,7 @@ class _Fit(Generic[M]):
     schedule: Schedule
     began: float
     checking: float
+    told: Callable[[M], None] | None = None
 
     @property
     def verbose(self) -> int:
@@ -198,4 +215,7 @@ class _Fit(Generic[M]):
                 "total": time.monotonic() - self.began,
             },
         )
-        return self.estimator._modelOf(trained, file, manifest, summary)
+        model = self.estimator._modelOf(trained, file, manifest, summary)
+        if self.told is not None:
+            self.told(model)
+        return model

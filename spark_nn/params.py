@@ -419,6 +419,12 @@ class TrainingParams(ModelParams, RunningParams, HasValidationIndicatorCol, HasS
         "makes a folder of its own there, and each map of a grid one below that.",
         TypeConverters.toString,
     )
+    tracking: Param[str] = param(
+        "tracking",
+        "Where a fit is logged: 'none', or 'mlflow', in the MLflow run that is active where fit is called: params, the "
+        "metrics of each epoch, and the model with its signature. Maps of a grid get runs below it, without models.",
+        choice("tracking", ("none", "mlflow")),
+    )
     verbose: Param[int] = param(
         "verbose",
         "Progress on the driver's standard error: 0 none, 1 a line per epoch and on a terminal a live bar, 2 a line "
@@ -438,6 +444,7 @@ class TrainingParams(ModelParams, RunningParams, HasValidationIndicatorCol, HasS
             seed=0,
             nonFiniteLoss="error",
             cache="auto",
+            tracking="none",
             verbose=1,
         )
 
@@ -544,6 +551,14 @@ class TrainingParams(ModelParams, RunningParams, HasValidationIndicatorCol, HasS
     def setLogDir(self: P, value: str) -> P:
         """Set :py:attr:`logDir`."""
         return self._set(logDir=value)
+
+    def getTracking(self) -> str:
+        """Get :py:attr:`tracking`."""
+        return self.getOrDefault(self.tracking)
+
+    def setTracking(self: P, value: str) -> P:
+        """Set :py:attr:`tracking`."""
+        return self._set(tracking=value)
 
     def getVerbose(self) -> int:
         """Get :py:attr:`verbose`."""

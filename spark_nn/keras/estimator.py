@@ -143,6 +143,9 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         Directory for TensorBoard, as a path or fsspec URL: each fit writes its metrics by epoch, the learning rate,
         rows per second and the network to a folder of its own there (``summary.logDir``). Needs the package
         tensorboard where tasks run.
+    tracking : {"none", "mlflow"}, default ``"none"``
+        ``"mlflow"`` logs params, metrics by epoch and the model to the MLflow run that is active where ``fit`` is
+        called; each map of a grid goes into a run below it, without its model.
     verbose : {0, 1, 2}, default 1
         Progress on standard error: none; a line per epoch and, on a terminal, a live bar; a line per epoch only.
 
@@ -222,6 +225,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
         logDir: str | None = None,
+        tracking: str = "none",
         verbose: int = 1,
     ) -> None:
         super().__init__()
@@ -274,6 +278,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
         logDir: str | None = None,
+        tracking: str = "none",
         verbose: int = 1,
     ) -> E:
         """Set the params that are given; None stands for not given."""

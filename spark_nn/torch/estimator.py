@@ -81,8 +81,8 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         How training goes through the rows, as there.
     validationFraction, validationIndicatorCol : optional
         What is held back, as there.
-    storeUrl, cache, collective, useGpu, timeout, maxRetries, checkpointInterval, logDir, verbose : optional
-        How the gang runs, and what TensorBoard is told, as there. ``collective="native"`` is DistributedDataParallel
+    storeUrl, cache, collective, useGpu, timeout, maxRetries, checkpointInterval, verbose, logDir, tracking : optional
+        How the gang runs, and what is told of it, as there. ``collective="native"`` is DistributedDataParallel
         over NCCL between GPUs, and over Gloo between CPUs.
 
     Notes
@@ -170,6 +170,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
         logDir: str | None = None,
+        tracking: str = "none",
         verbose: int = 1,
     ) -> None:
         super().__init__()
@@ -225,6 +226,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
         logDir: str | None = None,
+        tracking: str = "none",
         verbose: int = 1,
     ) -> E:
         """Set the params that are given; None stands for not given."""

@@ -12,8 +12,8 @@ from pyspark.sql import functions as F
 from spark_nn.errors import ParamError
 from spark_nn.store import RunDir
 from spark_nn.tracking.events import Events
-from tests.tracking.reading import check_told, found, scalars
 from tests.toy import ToyEstimator, ToyModel
+from tests.tracking.reading import check_told, found, scalars
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -49,14 +49,14 @@ def test_an_epoch_that_is_told_again_counts_once(tmp_path):
     folder.mkdir()
     first = Events(f"file://{folder}", gang(tmp_path), 0, lambda: (None, '{"layers": 1}'))
     for epoch in range(3):
-        first.epoch(epoch, {"loss": epoch, "val_loss": 10 + epoch, "recall": [0.1, 0.2]}, 0.5, 100.0)
+        first.epoch(epoch, {"loss": epoch, "val_loss": 10 + epoch, "recall": [0.5, 0.25]}, 0.5, 100.0)
     again = Events(f"file://{folder}", gang(tmp_path, attempt=1), 2)
     for epoch in (2, 3):
-        again.epoch(epoch, {"loss": epoch, "val_loss": 10 + epoch, "recall": [0.3, 0.4]}, None, 100.0)
+        again.epoch(epoch, {"loss": epoch, "val_loss": 10 + epoch, "recall": [0.5, 0.75]}, None, 100.0)
     train = scalars(folder / "train")
     assert train["epoch_loss"] == [(epoch, epoch) for epoch in range(4)]
     assert scalars(folder / "validation") == {"epoch_loss": [(epoch, 10 + epoch) for epoch in range(4)]}
-    assert train["epoch_recall/1"] == pytest.approx([(0, 0.2), (1, 0.2), (2, 0.4), (3, 0.4)])
+    assert train["epoch_recall/1"] == [(0, 0.25), (1, 0.25), (2, 0.75), (3, 0.75)]
     assert train["epoch_learning_rate"] == [(0, 0.5), (1, 0.5)]
     (layers,) = found(folder / "train").Tensors("keras")
     assert layers.tensor_proto.string_val == [b'{"layers": 1}']
