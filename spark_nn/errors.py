@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class SparkNNError(Exception):
     """Base class of every error that spark_nn raises on purpose."""
@@ -101,3 +104,14 @@ class TrainingError(SparkNNError):
         self.workerTraceback = workerTraceback
         self.transient = transient
         self.restarts = restarts or []
+
+
+def meant(given: str, known: Iterable[str]) -> str:
+    """The name that somebody may have meant, as a clause to end a sentence with; empty where none is near."""
+    near = {_bare(name): name for name in known}
+    found = difflib.get_close_matches(_bare(given), near, n=1, cutoff=0.7)
+    return f"; did you mean {near[found[0]]!r}?" if found else ""
+
+
+def _bare(name: str) -> str:
+    return name.replace("_", "").lower()

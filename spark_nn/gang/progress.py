@@ -202,7 +202,7 @@ class _Attempt:
 
 def _line(state: State, epoch: int) -> str:
     values = "  ".join(
-        f"{name} {series[epoch]:.4f}"
+        f"{name} {series[epoch]}" if isinstance(series[epoch], int) else f"{name} {series[epoch]:.4f}"
         for name, series in state.history.items()
         if epoch < len(series) and isinstance(series[epoch], (int, float))
     )

@@ -7,8 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar
 
-from pyspark import keyword_only
-
 from spark_nn.dataset.manifest import Manifest
 from spark_nn.errors import ModelFileError, ParamError
 from spark_nn.estimator import NeuralEstimator
@@ -22,6 +20,7 @@ from spark_nn.keras.stages import LIBRARIES
 from spark_nn.keras.training import INITIAL_MODEL, MODEL, KerasTrainer, Recipe
 from spark_nn.network import check_arguments, check_network, refuse_arguments
 from spark_nn.persistence import ModelFile
+from spark_nn.stage import keyword_only
 from spark_nn.store import RunDir
 from spark_nn.summary import TrainingSummary
 from spark_nn.trainer import Schedule, Trained

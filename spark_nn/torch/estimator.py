@@ -7,19 +7,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pyspark import keyword_only
-
 from spark_nn.dataset.manifest import Manifest
 from spark_nn.errors import ParamError
 from spark_nn.estimator import NeuralEstimator
 from spark_nn.network import check_arguments, check_network, refuse_arguments
 from spark_nn.persistence import ModelFile
+from spark_nn.stage import keyword_only
 from spark_nn.store import RunDir
 from spark_nn.summary import TrainingSummary
 from spark_nn.torch import codec
 from spark_nn.torch.blueprint import Blueprint, is_module, skeleton_of
 from spark_nn.torch.losses import check_loss
 from spark_nn.torch.model import TorchModel
+from spark_nn.torch.names import check_metric, check_optimizer
 from spark_nn.torch.params import TorchParams
 from spark_nn.torch.stages import LIBRARIES
 from spark_nn.torch.training import WEIGHTS, Recipe, TorchTrainer
@@ -245,6 +245,12 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
             check_arguments(model, self.getModelParams())
         if self.getMixedPrecision() == "fp16" and self.isDefined("useGpu") and not self.getUseGpu():
             raise ParamError("mixedPrecision='fp16' with useGpu=False: halves need GPUs; use 'bf16'")
+        if isinstance(self.getOptimizer(), str):
+            check_optimizer(self.getOptimizer())
+        metrics = self._ifGiven("metrics") or []
+        for each in metrics.values() if isinstance(metrics, dict) else metrics:
+            if isinstance(each, str):
+                check_metric(each)
         weighted = self.isDefined("weightCol") or self.isDefined("classWeights")
         check_loss(self.getLoss(), weighted=weighted, workers=self.getNumWorkers())
 
