@@ -142,13 +142,14 @@ class Problem:
 
     def describe(self, rows: int) -> str:
         """What was found in how many rows, and the cure."""
+        usual = "that of most rows, or of the rows trained on"
+        lengths = f"{self.expected}, {usual}; one has {self.found}" if self.expected else usual
         found, cure = {
             "null": ("null", "drop them (df.na.drop) or fill them (df.na.fill, Imputer)"),
             "nan": ("NaN", "drop them (df.na.drop) or fill them (Imputer)"),
             "infinite": ("infinite, or beyond the range of 32-bit floats,", "scale or drop them"),
             "width": (
-                f"empty, or not of the length expected ({self.expected}, that of most rows, or of the rows trained on; "
-                f"one row has {self.found}),",
+                f"empty, or not of the length expected ({lengths}),",
                 "every row needs the same number of elements: pad or cut them",
             ),
             "negative": ("negative", "weights must be 0 or more"),

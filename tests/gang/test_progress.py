@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 
+from spark_nn.gang import progress
 from spark_nn.gang.progress import PROGRESS, Display, Reporter, State
 from spark_nn.store import RunDir
 
@@ -74,3 +75,8 @@ def test_epochs_that_an_attempt_takes_over_are_not_told_again(tmp_path, capsys):
 
 def test_epochs_that_are_trained_again_are_told_again(tmp_path, capsys):
     assert lines_of_a_second_attempt(tmp_path, capsys, 0) == ["epoch 1/2", "epoch 2/2"]
+
+
+def test_counts_are_told_as_counts():
+    state = State(epochs=2, rows=100, history={"loss": [0.5], "updates": [821]}, seconds=[1.0])
+    assert progress._line(state, 0) == "epoch 1/2  loss 0.5000  updates 821  100 rows/s"
