@@ -78,6 +78,12 @@ EXTRAS = {
         # Exports ONNX files, and computes what they hold.
         "tf2onnx>=1.17",
         "onnx>=1.16",
+        # Reads what `logDir` wrote.
+        "tensorboard>=2.19",
+        # What `tracking` logs to, with a store in a file.
+        "mlflow-skinny>=3",
+        "sqlalchemy>=2",
+        "alembic>=1.13",
         # Examples that run on it.
         "jax>=0.10,<0.11",
         "ruff>=0.15",

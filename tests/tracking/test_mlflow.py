@@ -17,13 +17,19 @@ from tests.toy import ToyEstimator
 pytestmark = pytest.mark.timeout(240)
 
 
+@pytest.fixture(scope="session")
+def database(tmp_path_factory):
+    """Made once, which takes its time."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/runs.db"
+
+
 @pytest.fixture
-def client(tmp_path):
+def client(database, tmp_path):
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/runs.db")
+    mlflow.set_tracking_uri(database)
     client = mlflow.MlflowClient()
     mlflow.set_experiment(
-        experiment_id=client.create_experiment("toys", artifact_location=f"file://{tmp_path}/artifacts")
+        experiment_id=client.create_experiment(tmp_path.name, artifact_location=f"file://{tmp_path}/artifacts")
     )
     yield client
     mlflow.set_tracking_uri(before)
@@ -90,9 +96,10 @@ def test_maps_have_runs_below_the_active_one_whose_model_is_the_best(spark, stor
 
 def test_without_a_run_and_with_a_store_that_fails_the_fit_goes_on(spark, store, client, monkeypatch, caplog):
     df = data(spark)
+    experiments = [mlflow.get_experiment_by_name(store.split("/")[-2]).experiment_id]
     with pytest.warns(UserWarning, match="no MLflow run is active in this thread: the fit is not logged"):
         assert estimator(store).fit(df).summary.epochs == 2
-    assert client.search_runs([each.experiment_id for each in client.search_experiments()]) == []
+    assert client.search_runs(experiments) == []
     with mlflow.start_run(), warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         monkeypatch.setattr(mlflow.MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
