@@ -107,10 +107,12 @@ class TrainingError(SparkNNError):
 
 
 def meant(given: str, known: Iterable[str]) -> str:
-    """The name that somebody may have meant, as a clause to end a sentence with; empty where none is near."""
+    """The name that somebody may have meant, as a remark to put after the one given; empty where none is near."""
     near = {_bare(name): name for name in known}
-    found = difflib.get_close_matches(_bare(given), near, n=1, cutoff=0.7)
-    return f"; did you mean {near[found[0]]!r}?" if found else ""
+    found = difflib.get_close_matches(_bare(given), near, n=3, cutoff=0.7)
+    # Letters that have changed places are the likeliest mistake, and difflib counts them as two.
+    found.sort(key=lambda each: sorted(each) != sorted(_bare(given)))
+    return f" (did you mean {near[found[0]]!r}?)" if found else ""
 
 
 def _bare(name: str) -> str:

@@ -96,7 +96,7 @@ class NeuralModel(Model, ModelParams, Stage):
         if unknown := [name for name in params if not made.hasParam(name)]:
             known = ", ".join(param.name for param in made.params)
             advice = meant(unknown[0], [param.name for param in made.params])
-            raise ParamError(f"a {cls.__name__} has no param {unknown[0]!r}: it has {known}{advice}")
+            raise ParamError(f"a {cls.__name__} has no param {unknown[0]!r}{advice}: it has {known}")
         made._set(**{name: value for name, value in params.items() if value is not None})
         return made
 

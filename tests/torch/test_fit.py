@@ -267,9 +267,9 @@ REFUSED = [
     ),
     ({"model": torch.nn.LazyLinear(1)}, "the model's weight, bias will have a shape only when it has been called"),
     ({"mixedPrecision": "fp16", "useGpu": False}, "halves need GPUs"),
-    ({"optimizer": "adma"}, "torch.optim has no class of this name; did you mean 'adam'.*; known are adadelta"),
+    ({"optimizer": "adma"}, "torch.optim has no class of this name .did you mean 'adam'.*; known are adadelta"),
     ({"optimizer": "lr_scheduler"}, "torch.optim has no class of this name; known are adadelta"),
-    ({"metrics": ["acuracy"]}, "metrics='acuracy': torchmetrics has no metric of this name; did you mean 'accuracy'"),
+    ({"metrics": ["acuracy"]}, "metrics='acuracy': torchmetrics has no metric of this name .did you mean 'accuracy'"),
     ({"metrics": {"m": "nonsense"}}, "metrics='nonsense': torchmetrics has no metric of this name; give one of"),
     ({"inputCols": ["name"]}, "column 'name' holds string values, and PyTorch has no tensors of them"),
 ]
