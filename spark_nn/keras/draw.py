@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from spark_nn.chance import random_numbers_kept
 from spark_nn.tracking.events import Drawing
 
 
-def draw(model: Any) -> Drawing:
-    """The graph of the training step, if there is one, and the layers of a model that can tell them.
+def draw(model: Any, example: Any) -> Drawing:
+    """The graph of what a model does with a row, and the layers of one that can tell them.
 
-    As ``keras.callbacks.TensorBoard`` does, without having to know of every batch.
+    Keras's own callback would draw the training step, which Keras no longer makes one function of TensorFlow's.
     """
+    import tensorflow as tf
+
     layers = model.to_json() if type(model).__name__ in ("Functional", "Sequential") else None
-    # Keras gives the graph of what it has traced no public name.
-    traced = getattr(model.train_function, "_concrete_variable_creation_fn", None)
-    graph = None if traced is None else traced.graph.as_graph_def(add_shapes=True).SerializeToString()
-    return graph, layers
+    with random_numbers_kept():
+        traced = tf.function(lambda inputs: model(inputs, training=False)).get_concrete_function(example)
+    return traced.graph.as_graph_def(add_shapes=True).SerializeToString(), layers
 
 
 def learning_rate(optimizer: Any) -> float | None:

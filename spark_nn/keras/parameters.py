@@ -61,7 +61,8 @@ class ParameterTrainer(KerasTrainer):
 
         gang.progress.update(phase="build")
         keras.utils.set_random_seed((self.schedule.seed + gang.rank) % 2**32)
-        model, put_out = self._build(gang, Feed(data).example(), manifest.role("features"))
+        example = Feed(data).example()
+        model, put_out = self._build(gang, example, manifest.role("features"))
         before = _fetched(gang, INITIAL_MODEL, self.recipe.customs) if self.recipe.continued else None
         if before is not None:
             _take_weights(model, before)
@@ -83,7 +84,8 @@ class ParameterTrainer(KerasTrainer):
             _take_optimizer(model, before)
         self.recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
         codec.check_loadable(model, self.recipe.customs)
-        return self._serve(gang, manifest, model, outputs)
+        events = self.events(gang, 0, functools.partial(draw, model, example))
+        return self._serve(gang, manifest, model, outputs, events)
 
     def _stream(self, gang: GangContext, data: RunDir, manifest: Manifest, split: Split) -> Stream:
         # The workers share the rows; rank 0 only looks at what they are.
@@ -91,8 +93,9 @@ class ParameterTrainer(KerasTrainer):
             dataclasses.replace(gang, rank=max(0, gang.rank - 1), world=gang.world - 1), data, manifest, split
         )
 
-    def _serve(self, gang: GangContext, manifest: Manifest, model: Any, outputs: dict[str, Any]) -> Trained:
-        events = self.events(gang, 0, functools.partial(draw, model))
+    def _serve(
+        self, gang: GangContext, manifest: Manifest, model: Any, outputs: dict[str, Any], events: Events | None
+    ) -> Trained:
         server = ParameterServer(model, gang, self.schedule.epochs, manifest.rows("train"), events)
         hall = Hall(gang, server.answer, server.limit)
         server.hall = hall

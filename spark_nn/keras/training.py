@@ -149,7 +149,7 @@ class KerasTrainer(Trainer):
 
         clock.append(time.monotonic())
         gang.progress.update(phase="trace")
-        events = self.events(gang, place.epoch, functools.partial(draw, model))
+        events = self.events(gang, place.epoch, functools.partial(draw, model, example))
         report = Report(gang.progress, self.schedule.epochs, data.steps, data.rows * gang.world, place, events)
         session = Session(
             [sync.callback(), feed.callback(), *own, Reporting(report), keeper],
