@@ -48,6 +48,10 @@ EXTRAS = {
         # Metrics that say how what several workers have counted becomes one.
         "torchmetrics>=1.4",
     ],
+    # The format of the files that `logDir` asks for, and what shows them.
+    "tensorboard": ["tensorboard>=2.19"],
+    # Where `tracking="mlflow"` logs; what has a server is the full package.
+    "mlflow": ["mlflow-skinny>=3"],
     # For functions given to `run`. 0.10 is what Gloo's addresses were tried with.
     "jax": ["jax>=0.10,<0.11"],
     # What Keras exports ONNX files with. Keras makes up for what tf2onnx 1.17 lacks for NumPy 2.
@@ -74,6 +78,12 @@ EXTRAS = {
         # Exports ONNX files, and computes what they hold.
         "tf2onnx>=1.17",
         "onnx>=1.16",
+        # Reads what `logDir` wrote.
+        "tensorboard>=2.19",
+        # What `tracking` logs to, with a store in a file.
+        "mlflow-skinny>=3",
+        "sqlalchemy>=2",
+        "alembic>=1.13",
         # Examples that run on it.
         "jax>=0.10,<0.11",
         "ruff>=0.15",

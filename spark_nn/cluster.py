@@ -14,7 +14,7 @@ from spark_nn.columns import Tensor
 from spark_nn.converters import boolean, choice, integer
 from spark_nn.dataset.lease import Source
 from spark_nn.dataset.materialize import Spec, check_count
-from spark_nn.errors import ParamError
+from spark_nn.errors import ColumnError, ParamError
 from spark_nn.gang.board import Board
 from spark_nn.gang.launch import Gang
 from spark_nn.params import TrainingParams
@@ -175,6 +175,11 @@ class _RunParams(TrainingParams):
 
     def spec(self, schema: StructType, *, labelled: bool) -> Spec:
         """What is written of every row."""
+        if labelled and not self.isSet("labels") and self.getLabelCol() not in schema.names:
+            raise ColumnError(
+                f"labelCol={self.getLabelCol()!r}: the DataFrame has no such column. It has {', '.join(schema.names)}. "
+                "Name the label with labelCol, or several with labels; labelCol=None reads none"
+            )
         labels: tuple[Tensor, ...] = self.labelTensors(schema) if labelled else ()
         return Spec(
             (*self.inputTensors(schema), *labels, *self.weightTensors(schema)),

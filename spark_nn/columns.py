@@ -8,8 +8,8 @@ conversion on the JVM (:func:`expression`). The executors turn the Arrow arrays 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -53,6 +53,11 @@ _SQL_TYPES = {
 }
 _NUMBERS = "a number or boolean"
 _BOOLEAN = "a boolean"
+# Params with a default, where somebody may not know that there are others.
+_OTHERWISE = {
+    "featuresCol": ". Name the model's input with featuresCol, or with inputCols (scalar columns) or inputs (by name)",
+    "labelCol": ". Name the label with labelCol, or several with labels",
+}
 
 
 @dataclass(frozen=True)
@@ -131,15 +136,20 @@ class Problem:
 
     column: str
     kind: Literal["null", "nan", "infinite", "width", "negative"]
+    # Of a width the one expected, and one that was found.
+    expected: int | None = field(default=None, compare=False)
+    found: int | None = field(default=None, compare=False)
 
     def describe(self, rows: int) -> str:
         """What was found in how many rows, and the cure."""
+        usual = "that of most rows, or of the rows trained on"
+        lengths = f"{self.expected}, {usual}; one has {self.found}" if self.expected else usual
         found, cure = {
             "null": ("null", "drop them (df.na.drop) or fill them (df.na.fill, Imputer)"),
             "nan": ("NaN", "drop them (df.na.drop) or fill them (Imputer)"),
             "infinite": ("infinite, or beyond the range of 32-bit floats,", "scale or drop them"),
             "width": (
-                "empty, or not of the length expected (that of most rows, or of the rows trained on),",
+                f"empty, or not of the length expected ({lengths}),",
                 "every row needs the same number of elements: pad or cut them",
             ),
             "negative": ("negative", "weights must be 0 or more"),
@@ -167,10 +177,10 @@ class Invalid:
         self.rows = np.zeros(rows, bool)
         self.problems: Counter[Problem] = Counter()
 
-    def add(self, column: str, kind: Any, rows: np.ndarray) -> None:
-        """Take note of the rows of a column that have a problem."""
+    def add(self, problem: Problem, rows: np.ndarray) -> None:
+        """Take note of the rows that have a problem."""
         if count := int(np.count_nonzero(rows)):
-            self.problems[Problem(column, kind)] += count
+            self.problems[problem] += count
             self.rows |= rows
 
 
@@ -342,13 +352,18 @@ def decode_usable(
     return batch, block, known, invalid
 
 
+def told(problems: Mapping[Problem, int]) -> list[list[Any]]:
+    """What a task reports, as JSON can hold it: of each problem the number of rows, and what it is."""
+    return [[rows, each.column, each.kind, each.expected, each.found] for each, rows in problems.items()]
+
+
 def refuse_rows(reports: Iterable[dict[str, Any]]) -> None:
     """Driver side: raise what tasks have found wrong with rows that may not be skipped.
 
     Parameters
     ----------
     reports : iterable of dict
-        Of each task the ``problems``: a list of column, kind and number of rows.
+        Of each task the ``problems``: a list of what :func:`told` gives.
 
     Raises
     ------
@@ -357,8 +372,8 @@ def refuse_rows(reports: Iterable[dict[str, Any]]) -> None:
     """
     problems: Counter[Problem] = Counter()
     for task in reports:
-        for column, kind, rows in task["problems"]:
-            problems[Problem(column, kind)] += rows
+        for rows, *problem in task["problems"]:
+            problems[Problem(*problem)] += rows
     if problems:
         raise report(problems, "; or leave such rows out with handleInvalid='skip'")
 
@@ -393,8 +408,8 @@ def _unpacked(array: pa.Array, tensor: Tensor, invalid: Invalid) -> np.ndarray |
     lengths = pc.fill_null(pc.binary_length(array), 0).to_numpy(zero_copy_only=False)
     wrong = sound & (lengths != tensor.size)
     if not sound.all() or wrong.any():
-        invalid.add(tensor.columns[0], "null", ~sound)
-        invalid.add(tensor.columns[0], "width", wrong)
+        invalid.add(Problem(tensor.columns[0], "null"), ~sound)
+        invalid.add(_width(tensor.columns[0], tensor.size, lengths, wrong), wrong)
         return None
     _, offsets, data = array.buffers()
     large = pa.types.is_large_binary(array.type)
@@ -405,15 +420,20 @@ def _unpacked(array: pa.Array, tensor: Tensor, invalid: Invalid) -> np.ndarray |
 
 def _refuse(array: pa.Array, tensor: Tensor, invalid: Invalid) -> None:
     """Find out which rows cannot be used, which :func:`decode` need not know as long as there are none."""
-    for (column, kind), rows in _faults(array, tensor, 0).items():
-        invalid.add(column, kind, rows)
+    for problem, rows in _faults(array, tensor, 0).items():
+        invalid.add(problem, rows)
 
 
-def _faults(values: pa.Array, tensor: Tensor, level: int) -> dict[tuple[str, str], np.ndarray]:
+def _width(column: str, expected: int, lengths: np.ndarray, wrong: np.ndarray) -> Problem:
+    """The problem of lengths, some of which are wrong, for messages with the first of these."""
+    return Problem(column, "width", expected, int(lengths[wrong][0]) if wrong.any() else None)
+
+
+def _faults(values: pa.Array, tensor: Tensor, level: int) -> dict[Problem, np.ndarray]:
     """Masks of the values with each problem: rows at level 0, elements of rows deeper down."""
     column = tensor.columns[0]
     sound = values.is_valid().to_numpy(zero_copy_only=False)
-    faults = {(column, "null"): ~sound}
+    faults = {Problem(column, "null"): ~sound}
 
     def spread(found: np.ndarray, among: np.ndarray) -> np.ndarray:
         mask = np.zeros(len(values), bool)
@@ -423,23 +443,25 @@ def _faults(values: pa.Array, tensor: Tensor, level: int) -> dict[tuple[str, str
     if level == tensor.depth:
         numbers = values.filter(pa.array(sound)).to_numpy(zero_copy_only=False)
         if tensor.dtype == "float32":
-            faults[column, "nan"] = spread(np.isnan(numbers), sound)
-            faults[column, "infinite"] = spread(np.isinf(numbers), sound)
+            faults[Problem(column, "nan")] = spread(np.isnan(numbers), sound)
+            faults[Problem(column, "infinite")] = spread(np.isinf(numbers), sound)
         if tensor.role == "weight":
-            faults[column, "negative"] = spread(numbers < 0, sound)
+            faults[Problem(column, "negative")] = spread(numbers < 0, sound)
         return faults
     lengths = values.value_lengths().fill_null(-1).to_numpy(zero_copy_only=False)
     # Not the first one's: that row may be the odd one.
     expected = tensor.shape[level] if tensor.shape else int(np.bincount(lengths[lengths > 0], minlength=2).argmax())
     whole = sound & (lengths == expected) & (lengths > 0)
-    faults[column, "width"] = sound & ~whole
-    for (_, kind), mask in _faults(values.filter(pa.array(whole)).flatten(), tensor, level + 1).items():
+    if (wrong := sound & ~whole).any():  # the lengths to tell are those of the outermost level that has such
+        faults[_width(column, expected, lengths, wrong)] = wrong
+    for problem, mask in _faults(values.filter(pa.array(whole)).flatten(), tensor, level + 1).items():
         table = mask.reshape(int(whole.sum()), expected)
         if tensor.form == "scalars":  # each element has a column of its own
-            faults |= {(name, kind): spread(table[:, i], whole) for i, name in enumerate(tensor.columns)}
+            columns = enumerate(tensor.columns)
+            faults |= {replace(problem, column=name): spread(table[:, i], whole) for i, name in columns}
         else:
             found = spread(np.asarray(table.any(axis=1)), whole)
-            faults[column, kind] = faults[column, kind] | found if (column, kind) in faults else found
+            faults[problem] = faults[problem] | found if problem in faults else found
     return faults
 
 
@@ -447,6 +469,7 @@ def _type(schema: StructType, param: str, name: str) -> DataType:
     if name not in schema.names:
         raise ColumnError(
             f"{param}={name!r}: the DataFrame has no such column. It has {', '.join(schema.names) or 'none'}"
+            f"{_OTHERWISE.get(param, '')}"
         )
     return schema[name].dataType
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class SparkNNError(Exception):
     """Base class of every error that spark_nn raises on purpose."""
@@ -101,3 +104,16 @@ class TrainingError(SparkNNError):
         self.workerTraceback = workerTraceback
         self.transient = transient
         self.restarts = restarts or []
+
+
+def meant(given: str, known: Iterable[str]) -> str:
+    """The name that somebody may have meant, as a remark to put after the one given; empty where none is near."""
+    near = {_bare(name): name for name in known}
+    found = difflib.get_close_matches(_bare(given), near, n=3, cutoff=0.7)
+    # Letters that have changed places are the likeliest mistake, and difflib counts them as two.
+    found.sort(key=lambda each: sorted(each) != sorted(_bare(given)))
+    return f" (did you mean {near[found[0]]!r}?)" if found else ""
+
+
+def _bare(name: str) -> str:
+    return name.replace("_", "").lower()

@@ -7,10 +7,11 @@ do with the result (see :mod:`spark_nn.model`).
 
 from __future__ import annotations
 
+import functools
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pyspark.ml.base import Estimator
@@ -28,6 +29,8 @@ from spark_nn.persistence import ModelFile
 from spark_nn.stage import Stage
 from spark_nn.store import RunDir, store_url
 from spark_nn.summary import TrainingSummary
+from spark_nn.tracking.events import run_folder, run_name
+from spark_nn.tracking.mlflow import Run
 from spark_nn.trainer import Schedule, Trained, Trainer
 
 if TYPE_CHECKING:
@@ -60,7 +63,10 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         return 0
 
     def _fit(self, dataset: DataFrame) -> M:
-        ((_, model),) = Fits(dataset, [self._checked(dataset)])
+        run = self._run()
+        ((_, model),) = Fits(dataset, [self._checked(dataset, run_name(self.uid))])
+        if run is not None:
+            run.log_fit(self, dataset, model)
         return model
 
     def fitMultiple(self, dataset: DataFrame, paramMaps: Sequence[ParamMap]) -> Iterator[tuple[int, M]]:
@@ -88,12 +94,32 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         ParamError, ColumnError, ClusterError
             A map holds what cannot be; nothing has been started.
         """
-        estimators = [self.copy(each) for each in paramMaps]
-        labels = _labels(paramMaps)
-        return Fits(dataset, [each._checked(dataset, label) for each, label in zip(estimators, labels, strict=True)])
+        name, run = run_name(self.uid), self._run()
+        fits = []
+        for place, (changed, label) in enumerate(zip(paramMaps, _labels(paramMaps), strict=True)):
+            estimator = self.copy(changed)
+            fit = estimator._checked(dataset, f"{name}/map-{place}", label)
+            if run is not None:
+                fit = replace(fit, told=functools.partial(run.log_map, estimator, changed))
+            fits.append(fit)
+        return Fits(dataset, fits)
 
-    def _checked(self, dataset: DataFrame, label: str = "") -> _Fit[M]:
-        """The fit of this estimator on a DataFrame, after all that can be wrong before anything is started."""
+    def _run(self) -> Run | None:
+        """The run that a fit is to be logged to, as this thread has it."""
+        return Run.active() if self.getTracking() == "mlflow" else None
+
+    def _checked(self, dataset: DataFrame, name: str, label: str = "") -> _Fit[M]:
+        """The fit of this estimator on a DataFrame, after all that can be wrong before anything is started.
+
+        Parameters
+        ----------
+        dataset : pyspark.sql.DataFrame
+            The rows.
+        name : str
+            What the fit is called below `logDir`.
+        label : str
+            What tells it from others of the same call, for those who watch.
+        """
         began = time.monotonic()
         self.checkTrainingParams()
         self._check()
@@ -105,6 +131,8 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         gang = Gang(dataset.sparkSession, world, self.getTimeout(), self.getMaxRetries(), gpus, others)
         gang.check()
         store = store_url(dataset.sparkSession, self.getStoreUrl() if self.isDefined("storeUrl") else None)
+        if self.isDefined("logDir"):
+            schedule = replace(schedule, logUrl=run_folder(self.getLogDir(), name))
         return _Fit(self, label, gang, store, spec, schedule, began, time.monotonic() - began)
 
     def _modelOf(self, trained: Trained, file: ModelFile, manifest: Manifest, summary: TrainingSummary) -> M:
@@ -181,6 +209,7 @@ class _Fit(Generic[M]):
     schedule: Schedule
     began: float
     checking: float
+    told: Callable[[M], None] | None = None
 
     @property
     def verbose(self) -> int:
@@ -205,6 +234,7 @@ class _Fit(Generic[M]):
             rowsPerSecond=trained.rowsPerSecond,
             epochSeconds=trained.epochSeconds,
             restarts=outcome.restarts,
+            logDir=self.schedule.logUrl,
             seconds={
                 "check": self.checking,
                 "materialize": materializing,
@@ -213,4 +243,7 @@ class _Fit(Generic[M]):
                 "total": time.monotonic() - self.began,
             },
         )
-        return self.estimator._modelOf(trained, file, manifest, summary)
+        model = self.estimator._modelOf(trained, file, manifest, summary)
+        if self.told is not None:
+            self.told(model)
+        return model

@@ -18,7 +18,7 @@ from pyspark.ml.param import Param
 from pyspark.sql import SparkSession
 
 from spark_nn.columns import Tensor
-from spark_nn.errors import ColumnError, ModelFileError, ParamError, SparkNNError
+from spark_nn.errors import ColumnError, ModelFileError, ParamError, SparkNNError, meant
 from spark_nn.export import Target
 from spark_nn.outputs import Output, Outputs, check_labels, columns_of
 from spark_nn.params import ModelParams
@@ -95,7 +95,8 @@ class NeuralModel(Model, ModelParams, Stage):
         made = cls()
         if unknown := [name for name in params if not made.hasParam(name)]:
             known = ", ".join(param.name for param in made.params)
-            raise ParamError(f"a {cls.__name__} has no param {unknown[0]!r}: it has {known}")
+            advice = meant(unknown[0], [param.name for param in made.params])
+            raise ParamError(f"a {cls.__name__} has no param {unknown[0]!r}{advice}: it has {known}")
         made._set(**{name: value for name, value in params.items() if value is not None})
         return made
 

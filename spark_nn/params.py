@@ -413,6 +413,18 @@ class TrainingParams(ModelParams, RunningParams, HasValidationIndicatorCol, HasS
         "the same machine, else none. The result does not depend on it.",
         choice("cache", ("auto", "memory", "disk", "none")),
     )
+    logDir: Param[str] = param(
+        "logDir",
+        "Directory for TensorBoard, as a path or fsspec URL that the driver and every executor can write. Each fit "
+        "makes a folder of its own there, and each map of a grid one below that.",
+        TypeConverters.toString,
+    )
+    tracking: Param[str] = param(
+        "tracking",
+        "Where a fit is logged: 'none', or 'mlflow', in the MLflow run that is active where fit is called: params, the "
+        "metrics of each epoch, and the model with its signature. Maps of a grid get runs below it, without models.",
+        choice("tracking", ("none", "mlflow")),
+    )
     verbose: Param[int] = param(
         "verbose",
         "Progress on the driver's standard error: 0 none, 1 a live bar on a terminal or in a notebook and elsewhere a "
@@ -438,6 +450,7 @@ class TrainingParams(ModelParams, RunningParams, HasValidationIndicatorCol, HasS
             seed=0,
             nonFiniteLoss="error",
             cache="auto",
+            tracking="none",
             verbose=1,
             followLogs=False,
         )
@@ -537,6 +550,22 @@ class TrainingParams(ModelParams, RunningParams, HasValidationIndicatorCol, HasS
     def setStoreUrl(self: P, value: str) -> P:
         """Set :py:attr:`storeUrl`."""
         return self._set(storeUrl=value)
+
+    def getLogDir(self) -> str:
+        """Get :py:attr:`logDir`."""
+        return self.getOrDefault(self.logDir)
+
+    def setLogDir(self: P, value: str) -> P:
+        """Set :py:attr:`logDir`."""
+        return self._set(logDir=value)
+
+    def getTracking(self) -> str:
+        """Get :py:attr:`tracking`."""
+        return self.getOrDefault(self.tracking)
+
+    def setTracking(self: P, value: str) -> P:
+        """Set :py:attr:`tracking`."""
+        return self._set(tracking=value)
 
     def getVerbose(self) -> int:
         """Get :py:attr:`verbose`."""

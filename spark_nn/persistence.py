@@ -139,7 +139,7 @@ class StageWriter(MLWriter):
             "spark_nn": {
                 "format": FORMAT_VERSION,
                 "version": spark_nn.__version__,
-                "libraries": _versions(self.stage.libraries),
+                "libraries": versions(self.stage.libraries),
                 "files": sorted(files),
                 **self.stage._savedMetadata(),
             }
@@ -317,14 +317,14 @@ def _standard(module: str) -> bool:
     return module.partition(".")[0] in sys.stdlib_module_names
 
 
-def _versions(libraries: Iterable[str]) -> dict[str, str | None]:
+def versions(libraries: Iterable[str]) -> dict[str, str | None]:
     """The versions of Python and of distributions, None where there is none of the name; imports none of them."""
-    versions: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for name in libraries:
         # TensorFlow's are called by what they are built for.
-        found = [each for each in (name, f"{name}-cpu", f"{name}-intel", f"{name}-macos") if _version(each)]
-        versions[name] = _version(found[0]) if found else None
-    return versions
+        names = [each for each in (name, f"{name}-cpu", f"{name}-intel", f"{name}-macos") if _version(each)]
+        found[name] = _version(names[0]) if names else None
+    return found
 
 
 def _version(distribution: str) -> str | None:

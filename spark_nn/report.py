@@ -8,6 +8,7 @@ from typing import Any
 
 from spark_nn.checkpoint import Place
 from spark_nn.gang.progress import INTERVAL, Reporter
+from spark_nn.tracking.events import Events
 from spark_nn.trainer import Trained
 
 
@@ -24,6 +25,8 @@ class Report:
         Rows of an epoch, over all ranks.
     place : Place
         Where training begins, or goes on.
+    events : Events or None
+        What tells TensorBoard.
 
     Attributes
     ----------
@@ -31,8 +34,12 @@ class Report:
         When the first batches were done, by the monotonic clock.
     """
 
-    def __init__(self, progress: Reporter, epochs: int, steps: int, rows: int, place: Place) -> None:
+    def __init__(
+        self, progress: Reporter, epochs: int, steps: int, rows: int, place: Place, events: Events | None = None
+    ) -> None:
         self.progress = progress
+        self.events = events
+        self.rows = rows
         self.steps = steps
         self.place = place
         self.first_batch: float | None = None
@@ -48,6 +55,7 @@ class Report:
 
     def begin_epoch(self, epoch: int) -> None:
         """Start the clock of an epoch, counted from 0."""
+        self.epoch = epoch
         self.began = self._since = time.monotonic()
         self.spent: float | None = None
         self.first = self.place.step if epoch == self.place.epoch else 0
@@ -80,8 +88,8 @@ class Report:
         self._busy += now - self._since
         self.progress.update(phase="validating")
 
-    def end_epoch(self, logs: Mapping[str, Any]) -> None:
-        """Tell the epoch's logs and how long it took."""
+    def end_epoch(self, logs: Mapping[str, Any], rate: float | None = None) -> None:
+        """Tell the epoch's logs, the learning rate that it ended with, and how long it took."""
         now = time.monotonic()
         if self.spent is None:
             pause, spent = 0.0, now - self.began
@@ -95,6 +103,8 @@ class Report:
             history.setdefault(name, []).append(value)
         seconds = [*self.progress.state.seconds, spent]
         self.progress.update(history=history, seconds=seconds, phase="training", pause=pause)
+        if self.events is not None:
+            self.events.epoch(self.epoch, logs, rate, self.rows / spent)
 
     def trained(self, file: str, sha256: str, outputs: dict[str, dict[str, Any]], clock: Sequence[float]) -> Trained:
         """What the training gave.

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import pyspark
 from pyspark.ml.util import MLReadable, MLReader, MLWritable, MLWriter
 
+from spark_nn.errors import meant
 from spark_nn.persistence import ModelFile, StageReader, StageWriter
+
+
+def keyword_only(method: Callable[..., Any]) -> Callable[..., Any]:
+    """PySpark's ``keyword_only``, which says of a param that there is not which one may be meant."""
+    known = list(inspect.signature(method).parameters)[1:]
+    taking = pyspark.keyword_only(method)
+
+    @functools.wraps(method)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(
+                    f"{type(self).__name__} has no param {name!r}{meant(name, known)}; explainParams() tells of all"
+                )
+        return taking(self, *args, **kwargs)
+
+    return checked
 
 
 class Stage(MLReadable[Any], MLWritable):

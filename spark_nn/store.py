@@ -62,11 +62,7 @@ def store_url(spark: SparkSession, url: str | None) -> str:
     """
     url = url or spark.conf.get(STORE_CONF, None)
     if url:
-        if re.match(r"[A-Za-z][\w+.-]*:(?!//)", url):
-            raise StoreError(
-                f"storeUrl={url!r}: write it as scheme://..., such as file:///shared/dir or hdfs://host/dir"
-            )
-        return url if "://" in url else _file_url(Path(url).expanduser().absolute())
+        return as_url(url, "storeUrl")
     master = spark.conf.get("spark.master", "") or ""
     if master.startswith("local"):
         return _file_url(_own_folder())
@@ -75,6 +71,19 @@ def store_url(spark: SparkSession, url: str | None) -> str:
         "directory that the driver and all of them can read and write. Set the param storeUrl or the Spark "
         f"conf {STORE_CONF} to a path on a shared disk or to an fsspec URL such as s3://bucket/dir"
     )
+
+
+def as_url(url: str, param: str) -> str:
+    """A param's path or URL as a URL.
+
+    Raises
+    ------
+    StoreError
+        It is neither.
+    """
+    if re.match(r"[A-Za-z][\w+.-]*:(?!//)", url):
+        raise StoreError(f"{param}={url!r}: write it as scheme://..., such as file:///shared/dir or hdfs://host/dir")
+    return url.rstrip("/") if "://" in url else _file_url(Path(url).expanduser().absolute())
 
 
 def _file_url(path: Path) -> str:

@@ -40,6 +40,8 @@ class TrainingSummary:
         (Spark's tasks and the workers' processes), ``import`` (of the framework, where that has not been done
         beforehand), ``build`` (the model, or from a checkpoint), ``trace`` (until the first step is done), ``train``
         (the rest, validation too), ``publish`` (the model), ``finish`` (until the driver knows), and ``total``.
+    logDir : str or None
+        The folder below the param `logDir` that TensorBoard finds the fit in.
     """
 
     history: dict[str, list[Any]]
@@ -51,6 +53,7 @@ class TrainingSummary:
     epochSeconds: list[float]
     restarts: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    logDir: str | None = None
 
     @property
     def epochs(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from spark_nn.dataset.stream import Block, Cache, Stream, choose_cache
 from spark_nn.errors import NonFiniteLoss, ParamError, SparkNNError
 from spark_nn.gang.context import GangContext, attempt_name
 from spark_nn.store import RunDir, digest
+from spark_nn.tracking.events import Drawing, Events
 
 MODEL_FOLDER = "model"
 
@@ -47,6 +48,8 @@ class Schedule:
         Whether a loss that is NaN or infinite ends the training.
     stepsPerEpoch : int or None
         Steps of an epoch; None for a pass over the rows.
+    logUrl : str or None
+        The folder that TensorBoard is to find the training in.
     """
 
     epochs: int
@@ -58,6 +61,7 @@ class Schedule:
     checkpointInterval: int | None = None
     nonFiniteLoss: Literal["error", "ignore"] = "error"
     stepsPerEpoch: int | None = None
+    logUrl: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,12 @@ class Trainer(ABC):
         checkpoints : Checkpoints
             Where to go on, after an earlier attempt, and what to leave for a later one.
         """
+
+    def events(self, gang: GangContext, epoch: int, draw: Callable[[], Drawing] | None = None) -> Events | None:
+        """What tells TensorBoard of a training that begins or goes on with an epoch; on rank 0, if it is wanted."""
+        if gang.rank or self.schedule.logUrl is None:
+            return None
+        return Events(self.schedule.logUrl, gang, epoch, draw)
 
     def _stream(self, gang: GangContext, data: RunDir, manifest: Manifest, split: Split) -> Stream:
         return Stream(

@@ -198,6 +198,8 @@ def nothing(ctx):
         ),
         ({"timeout": 0.0}, ParamError, "timeout=0.0: must be above 0"),
         ({"dataset": 40, "featuresCol": "nowhere", "labelCol": None}, ColumnError, "nowhere"),
+        ({"dataset": 40, "labelCol": None}, ColumnError, "featuresCol='features'.* It has id. Name .* or inputs"),
+        ({"dataset": 40, "inputCols": ["id"]}, ColumnError, "labelCol='label'.* It has id. .*labelCol=None reads none"),
         ({"dataset": 1, "inputCols": ["id"], "numWorkers": 2, "labelCol": None}, DatasetError, "1 training row for"),
     ],
 )

@@ -209,3 +209,24 @@ def test_what_spark_hands_over_decodes_to_the_same_numbers(spark):
         assert not invalid.problems
         assert block.dtype == values.dtype
         np.testing.assert_array_equal(block, values)
+
+
+@pytest.mark.parametrize(
+    ("array", "tensor", "lengths"),
+    [
+        (lists([[1, 2], [1], [1, 2]]), Tensor("features", ("x",), "array", "float32", 1, None), (2, 1)),
+        (lists([[1, 2], [3, 4]]), Tensor("features", ("x",), "array", "float32", 1, (3,)), (3, 2)),
+        (
+            lists([[[1, 2]], [[1, 2, 3]], [[1, 2]]], pa.list_(pa.float32())),
+            Tensor("features", ("x",), "array", "float32", 2, None),
+            (2, 3),
+        ),
+        (pa.array([b"1234", b"12"]), Tensor("features", ("x",), "bytes", "float32", 2, (2, 2)), (4, 2)),
+    ],
+)
+def test_a_length_that_is_wrong_is_told_with_the_one_expected(array, tensor, lengths):
+    invalid = Invalid(len(array))
+    assert decode(array, tensor, invalid) is None
+    expected, found = lengths
+    with pytest.raises(ColumnError, match=rf"column 'x' is .*expected \({expected}, .*has {found}\).*: pad or cut"):
+        columns.refuse_rows([{"problems": columns.told(invalid.problems)}, {"problems": []}])

@@ -89,7 +89,9 @@ class ToyTrainer(Trainer):
             gang.progress.update(history=found.state["history"])
             toy.weights[:] = np.frombuffer(bytes.fromhex(found.state["weights"]))
         checkpoints.begin(place.epoch * data.steps + place.step)
-        report = Report(gang.progress, self.schedule.epochs, data.steps, data.rows * gang.world, place)
+        events = self.events(gang, place.epoch)
+        rows = data.rows * gang.world
+        report = Report(gang.progress, self.schedule.epochs, data.steps, rows, place, events)
         for epoch in range(place.epoch, self.schedule.epochs):
             report.begin_epoch(epoch)
             start = place.step if epoch == place.epoch else 0
@@ -109,7 +111,7 @@ class ToyTrainer(Trainer):
                     ballast = np.ones(self.ballast, np.uint8)
                     checkpoints.save(Place(epoch, step), state, {"ballast": ballast}, {"seen": seen})
             gang.collective.all_reduce(seen)
-            report.end_epoch({"loss": seen[0] / seen[1], "rows": seen[1]})
+            report.end_epoch({"loss": seen[0] / seen[1], "rows": seen[1]}, self.rate)
             seen = np.zeros(2)
         check_digests(gang, toy.weights.tobytes())
         name, sha256 = publish(gang, lambda path: np.save(path, toy.weights), ".npy") if gang.rank == 0 else ("", "")

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark import TaskContext
 
-from spark_nn.columns import Problem, Tensor, decode_usable, row_bytes
+from spark_nn.columns import Problem, Tensor, decode_usable, row_bytes, told
 from spark_nn.dataset.fingerprint import Fingerprint, hash_rows, mix
 from spark_nn.store import RunDir
 
@@ -128,7 +128,7 @@ class PartitionWriter:
             "files": {split: [files[split].name, rows] for split, rows in groups.items() if rows},
             "shapes": {tensor.name: tensor.shape for tensor in tensors},
             "group": group,
-            "problems": [[problem.column, problem.kind, rows] for problem, rows in problems.items()],
+            "problems": told(problems),
             "skipped": skipped,
             "strings": strings,
             "content": asdict(content),

@@ -347,7 +347,9 @@ def _values(**values: Any) -> str:
 
 
 def number(value: float) -> str:
-    """A metric's value, as Keras writes it."""
+    """A metric's value, as Keras writes it, or a count."""
+    if isinstance(value, int):
+        return str(value)
     return f"{value:.4f}" if value == 0 or not abs(value) <= 1e-3 else f"{value:.4e}"
 
 

@@ -11,6 +11,7 @@ import keras.callbacks as kinds
 
 from spark_nn.errors import ParamError
 from spark_nn.gang.context import GangContext
+from spark_nn.keras.draw import learning_rate
 from spark_nn.report import Report
 
 # What these do outside the model, one rank does for all.
@@ -183,4 +184,5 @@ class Reporting(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """An epoch is over."""
-        self.report.end_epoch(logs or {})
+        rate = learning_rate(self.model.optimizer) if self.report.events is not None else None
+        self.report.end_epoch(logs or {}, rate)

@@ -7,8 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar
 
-from pyspark import keyword_only
-
 from spark_nn.dataset.manifest import Manifest
 from spark_nn.errors import ModelFileError, ParamError
 from spark_nn.estimator import NeuralEstimator
@@ -22,6 +20,7 @@ from spark_nn.keras.stages import LIBRARIES
 from spark_nn.keras.training import INITIAL_MODEL, MODEL, KerasTrainer, Recipe
 from spark_nn.network import check_arguments, check_network, refuse_arguments
 from spark_nn.persistence import ModelFile
+from spark_nn.stage import keyword_only
 from spark_nn.store import RunDir
 from spark_nn.summary import TrainingSummary
 from spark_nn.trainer import Schedule, Trained
@@ -139,6 +138,13 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         How often training is begun again, from the last checkpoint, after a machine has failed.
     checkpointInterval : int, optional
         Steps between two checkpoints, -1 for none. Default: one about every minute.
+    logDir : str, optional
+        Directory for TensorBoard, as a path or fsspec URL: each fit writes its metrics by epoch, the learning rate,
+        rows per second and the network to a folder of its own there (``summary.logDir``). Needs the package
+        tensorboard where tasks run.
+    tracking : {"none", "mlflow"}, default ``"none"``
+        ``"mlflow"`` logs params, metrics by epoch and the model to the MLflow run that is active where ``fit`` is
+        called; each map of a grid goes into a run below it, without its model.
     verbose : {0, 1, 2}, default 1
         Progress on standard error: none; a live bar on a terminal or in a notebook, elsewhere a line per epoch; a line
         per epoch everywhere.
@@ -220,6 +226,8 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         timeout: float = 600.0,
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
+        logDir: str | None = None,
+        tracking: str = "none",
         verbose: int = 1,
         followLogs: bool = False,
     ) -> None:
@@ -272,6 +280,8 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         timeout: float = 600.0,
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
+        logDir: str | None = None,
+        tracking: str = "none",
         verbose: int = 1,
         followLogs: bool = False,
     ) -> E:

@@ -8,6 +8,7 @@ other; one that is killed is missing from then on, with the rest of its rows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import struct
 import threading
@@ -27,10 +28,12 @@ from spark_nn.gang.failure import lost_ranks
 from spark_nn.gang.visits import Hall, Visit
 from spark_nn.keras import codec
 from spark_nn.keras.describe import describe_outputs
+from spark_nn.keras.draw import draw, learning_rate
 from spark_nn.keras.feed import Feed
 from spark_nn.keras.training import INITIAL_MODEL, KerasTrainer, _fetched, _take_optimizer, _take_weights
 from spark_nn.outputs import Output
 from spark_nn.store import RunDir
+from spark_nn.tracking.events import Events
 from spark_nn.trainer import Trained, publish
 
 _PULL, _STATE, _PUSH, _EPOCH = range(4)
@@ -58,7 +61,8 @@ class ParameterTrainer(KerasTrainer):
 
         gang.progress.update(phase="build")
         keras.utils.set_random_seed((self.schedule.seed + gang.rank) % 2**32)
-        model, put_out = self._build(gang, Feed(data).example(), manifest.role("features"))
+        example = Feed(data).example()
+        model, put_out = self._build(gang, example, manifest.role("features"))
         before = _fetched(gang, INITIAL_MODEL, self.recipe.customs) if self.recipe.continued else None
         if before is not None:
             _take_weights(model, before)
@@ -80,7 +84,8 @@ class ParameterTrainer(KerasTrainer):
             _take_optimizer(model, before)
         self.recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
         codec.check_loadable(model, self.recipe.customs)
-        return self._serve(gang, manifest, model, outputs)
+        events = self.events(gang, 0, functools.partial(draw, model, example))
+        return self._serve(gang, manifest, model, outputs, events)
 
     def _stream(self, gang: GangContext, data: RunDir, manifest: Manifest, split: Split) -> Stream:
         # The workers share the rows; rank 0 only looks at what they are.
@@ -88,8 +93,10 @@ class ParameterTrainer(KerasTrainer):
             dataclasses.replace(gang, rank=max(0, gang.rank - 1), world=gang.world - 1), data, manifest, split
         )
 
-    def _serve(self, gang: GangContext, manifest: Manifest, model: Any, outputs: dict[str, Any]) -> Trained:
-        server = ParameterServer(model, gang, self.schedule.epochs, manifest.rows("train"))
+    def _serve(
+        self, gang: GangContext, manifest: Manifest, model: Any, outputs: dict[str, Any], events: Events | None
+    ) -> Trained:
+        server = ParameterServer(model, gang, self.schedule.epochs, manifest.rows("train"), events)
         hall = Hall(gang, server.answer, server.limit)
         server.hall = hall
         gang.progress.update(phase="serving")
@@ -141,6 +148,8 @@ class ParameterServer:
         Rank 0's view of its gang.
     epochs, rows : int
         Epochs of the training, and rows of each.
+    events : Events or None
+        What tells TensorBoard.
 
     Attributes
     ----------
@@ -150,10 +159,11 @@ class ParameterServer:
         Bytes that a request may have.
     """
 
-    def __init__(self, model: Any, gang: GangContext, epochs: int, rows: int) -> None:
+    def __init__(self, model: Any, gang: GangContext, epochs: int, rows: int, events: Events | None = None) -> None:
         self.model = model
         self.updates = 0
         self.hall: Hall | None = None
+        self.events = events
         self._gang = gang
         self._lock = threading.Lock()
         self._apply = _applied(model)
@@ -204,6 +214,9 @@ class ParameterServer:
             seconds = [*progress.state.seconds, now - self._began]
             self._began = now
             progress.update(epoch=number + 1, history=history, seconds=seconds)
+            if self.events is not None:
+                logs = {name: values[-1] for name, values in history.items()}
+                self.events.epoch(number, logs, learning_rate(self.model.optimizer), rows / seconds[-1])
 
 
 class Worker:

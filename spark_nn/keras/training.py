@@ -5,6 +5,7 @@ The driver imports this module to describe the training; Keras and TensorFlow ar
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from spark_nn.gang.context import GangContext
 from spark_nn.keras import codec
 from spark_nn.keras.customs import Customs
 from spark_nn.keras.describe import describe_outputs, other_reduction
+from spark_nn.keras.draw import draw
 from spark_nn.keras.feed import Feed
 from spark_nn.keras.names import check_name
 from spark_nn.keras.pace import steps_per_execution
@@ -147,7 +149,8 @@ class KerasTrainer(Trainer):
 
         clock.append(time.monotonic())
         gang.progress.update(phase="trace")
-        report = Report(gang.progress, self.schedule.epochs, data.steps, data.rows * gang.world, place)
+        events = self.events(gang, place.epoch, functools.partial(draw, model, example))
+        report = Report(gang.progress, self.schedule.epochs, data.steps, data.rows * gang.world, place, events)
         session = Session(
             [sync.callback(), feed.callback(), *own, Reporting(report), keeper],
             model,

@@ -27,6 +27,7 @@ from spark_nn.columns import (
     expression,
     one_shape,
     refuse_rows,
+    told,
 )
 from spark_nn.errors import DatasetError, ModelFileError
 from spark_nn.scoring.models import fetched
@@ -111,7 +112,7 @@ class Evaluation:
         found = {
             "rows": rows,
             "skipped": skipped,
-            "problems": [[problem.column, problem.kind, count] for problem, count in problems.items()],
+            "problems": told(problems),
             "shapes": {tensor.name: tensor.shape for tensor in tensors} if rows else {},
             "refused": refused,
         }

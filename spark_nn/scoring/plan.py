@@ -108,8 +108,15 @@ def ship(spark: SparkSession, file: Path) -> str:
         except OSError:
             shutil.copyfile(file, draft)
         draft.replace(kept)  # two threads may get here at once, with the same content
-    spark.addArtifacts(str(kept), file=True)
+    # Spark warns of a file that it has already; over Connect the client sees to that.
+    if getattr(spark, "_jsparkSession", None) is None or file.name not in _shipped(spark):
+        spark.addArtifacts(str(kept), file=True)
     return file.name
+
+
+def _shipped(spark: SparkSession) -> set[str]:
+    """Names of the files that a classic session's executors have been given."""
+    return {str(url).rpartition("/")[2] for url in spark.sparkContext.listFiles}
 
 
 @functools.cache

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from spark_nn.torch.blueprint import Blueprint, Specs, weights_of
 
 SUFFIX = ".safetensors"
 _INPUTS = "spark_nn.inputs"
+_LOG = logging.getLogger(__name__)
 
 
 def save(module: Any, path: str | Path, inputs: Specs | None = None) -> None:
@@ -99,11 +102,11 @@ def _inputs(file: Any) -> Specs:
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
+def _opened(path: str | Path, framework: str = "pt") -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, framework) as file:
             yield file
     except (SafetensorError, TypeError, ValueError) as error:
         raise ModelFileError(
@@ -122,20 +125,60 @@ def fill(module: Any, tensors: dict[str, Any], origin: str) -> None:
     import torch
 
     own = weights_of(module)
-    if missing := sorted(own.keys() ^ tensors.keys()):
+    _check_alike(own, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, origin)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def check_fits(path: str | Path, blueprint: Blueprint, specs: Specs, origin: str) -> None:
+    """Driver side: compare a network with a file of weights, of which only the header is read.
+
+    Where PyTorch would have to be imported for it, or the network's function makes none without weights, it is left to
+    who loads them.
+
+    Raises
+    ------
+    ModelFileError
+        They are another network's.
+    """
+    module = _outline(blueprint, specs)
+    if module is None:
+        return
+    with _opened(path, "numpy") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    _check_alike(weights_of(module), shapes, origin)
+
+
+def _outline(blueprint: Blueprint, specs: Specs) -> Any | None:
+    """A network without its weights."""
+    torch = sys.modules.get("torch")
+    if blueprint.function is None or torch is None:
+        return blueprint.skeleton
+    try:
+        with torch.random.fork_rng([]), torch.device("meta"):
+            module = blueprint.build()
+            if any(_is_lazy(tensor) for tensor in weights_of(module).values()):
+                forward(module.eval(), example(specs, device="meta"))
+    except Exception:  # noqa: BLE001  (it is the user's function, which may want to see numbers)
+        _LOG.debug("the network was not compared with its weights", exc_info=True)
+        return None
+    return module
+
+
+def _check_alike(own: dict[str, Any], shapes: dict[str, tuple[int, ...]], origin: str) -> None:
+    if missing := sorted(own.keys() ^ shapes.keys()):
         raise ModelFileError(
             f"{origin} holds the weights of another network than the model gives: {_some(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} in one of them only. Give the function, and the modelParams, that "
             "the model was trained with"
         )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            if tensor.shape != tensors[name].shape:
-                raise ModelFileError(
-                    f"{origin} holds the weight {name} of the shape {tuple(tensors[name].shape)}, and the model's has "
-                    f"{tuple(tensor.shape)}: give the function, and the modelParams, that it was trained with"
-                )
-            tensor.copy_(tensors[name])
+    for name, tensor in own.items():
+        if tuple(tensor.shape) != shapes[name]:
+            raise ModelFileError(
+                f"{origin} holds the weight {name} of the shape {shapes[name]}, and the model's has "
+                f"{tuple(tensor.shape)}: give the function, and the modelParams, that it was trained with"
+            )
 
 
 def settle(module: Any, specs: Specs) -> None:

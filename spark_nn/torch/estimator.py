@@ -7,19 +7,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal, TypeVar
 
-from pyspark import keyword_only
-
 from spark_nn.dataset.manifest import Manifest
 from spark_nn.errors import ParamError
 from spark_nn.estimator import NeuralEstimator
 from spark_nn.network import check_arguments, check_network, refuse_arguments
 from spark_nn.persistence import ModelFile
+from spark_nn.stage import keyword_only
 from spark_nn.store import RunDir
 from spark_nn.summary import TrainingSummary
 from spark_nn.torch import codec
 from spark_nn.torch.blueprint import Blueprint, is_module, skeleton_of
 from spark_nn.torch.losses import check_loss
 from spark_nn.torch.model import TorchModel
+from spark_nn.torch.names import check_metric, check_optimizer
 from spark_nn.torch.params import TorchParams
 from spark_nn.torch.stages import LIBRARIES
 from spark_nn.torch.training import WEIGHTS, Recipe, TorchTrainer
@@ -81,9 +81,11 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         How training goes through the rows, as there.
     validationFraction, validationIndicatorCol : optional
         What is held back, as there.
-    storeUrl, cache, collective, useGpu, timeout, maxRetries, checkpointInterval, verbose, followLogs : optional
+    storeUrl, cache, collective, useGpu, timeout, maxRetries, checkpointInterval : optional
         How the gang runs, as there. ``collective="native"`` is DistributedDataParallel over NCCL between GPUs, and over
         Gloo between CPUs.
+    logDir, tracking, verbose, followLogs : optional
+        What is told of the fit, as there.
 
     Notes
     -----
@@ -169,6 +171,8 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         timeout: float = 600.0,
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
+        logDir: str | None = None,
+        tracking: str = "none",
         verbose: int = 1,
         followLogs: bool = False,
     ) -> None:
@@ -224,6 +228,8 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         timeout: float = 600.0,
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
+        logDir: str | None = None,
+        tracking: str = "none",
         verbose: int = 1,
         followLogs: bool = False,
     ) -> E:
@@ -243,6 +249,12 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
             check_arguments(model, self.getModelParams())
         if self.getMixedPrecision() == "fp16" and self.isDefined("useGpu") and not self.getUseGpu():
             raise ParamError("mixedPrecision='fp16' with useGpu=False: halves need GPUs; use 'bf16'")
+        if isinstance(self.getOptimizer(), str):
+            check_optimizer(self.getOptimizer())
+        metrics = self._ifGiven("metrics") or []
+        for each in metrics.values() if isinstance(metrics, dict) else metrics:
+            if isinstance(each, str):
+                check_metric(each)
         weighted = self.isDefined("weightCol") or self.isDefined("classWeights")
         check_loss(self.getLoss(), weighted=weighted, workers=self.getNumWorkers())
 

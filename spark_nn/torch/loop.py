@@ -108,11 +108,12 @@ class Loop:
         if validation is not None:
             self.report.begin_validation()
             logs.update({f"val_{name}": value for name, value in self._validated(validation).items()})
+        rate = self.optimizer.param_groups[0].get("lr")
         if self.scheduler is not None:
-            logs["learning_rate"] = self.optimizer.param_groups[0]["lr"]
+            logs["learning_rate"] = rate
             if not self._by_step:
                 self.scheduler.step(*[logs.get("val_loss", logs["loss"])] if self._plateau else [])
-        self.report.end_epoch(logs)
+        self.report.end_epoch(logs, None if rate is None else float(rate))
 
     def _step(self, inputs: Any, labels: Any, weights: Any, rows: int, place: Place) -> None:
         forward = self.averager.forward

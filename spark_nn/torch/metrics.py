@@ -17,10 +17,8 @@ import torchmetrics
 from spark_nn.errors import ModelFileError, ParamError
 from spark_nn.outputs import Outputs
 from spark_nn.torch.losses import fitted
+from spark_nn.torch.names import SHORT, unknown_metric
 from spark_nn.torch.trees import pack, unpack
-
-# Some are shorthands for classes whose names say more.
-_SHORT = {"mse": "meansquarederror", "mae": "meanabsoluteerror", "f1": "f1score", "auc": "auroc"}
 
 
 class Tally:
@@ -172,14 +170,11 @@ def made(given: Any, outputs: Outputs) -> dict[str, Any]:
 
 def _by_name(name: str, outputs: Outputs) -> Any:
     wanted = name.lower().replace("_", "")
-    wanted = _SHORT.get(wanted, wanted)
+    wanted = SHORT.get(wanted, wanted)
     known = {each.lower(): each for each in torchmetrics.__all__ if isinstance(getattr(torchmetrics, each), type)}
     kinds = {each.lower(): each for each in torchmetrics.classification.__all__}
     if wanted not in {**known, **kinds}:
-        raise ParamError(
-            f"metrics={name!r}: torchmetrics has no metric of this name; give one of its classes' names, such as "
-            "'accuracy', 'auroc' or 'mean_absolute_error', an instance, or a function of predictions and labels"
-        )
+        raise unknown_metric(name)
     if len(outputs) > 1:
         raise ParamError(
             f"metrics={name!r}: the model has several outputs, which no metric takes together: give a function of the "

@@ -180,6 +180,8 @@ class TorchModel(TorchColumns, NeuralModel):
         if not isinstance(recorded, dict) or not isinstance(recorded.get("arguments"), dict):
             raise ModelFileError("the metadata does not describe the model's network: save it again")
         self._blueprint = _resolved(self._blueprint or Blueprint(None), recorded, allowed_modules())
+        file = self.fitted.file
+        codec.check_fits(file.path, self._blueprint, self._specs(), file.origin)
 
 
 def _resolved(given: Blueprint, recorded: dict[str, Any], allowed: list[str]) -> Blueprint:

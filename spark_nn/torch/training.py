@@ -27,6 +27,7 @@ from spark_nn.outputs import Choice, Output, check_labels
 from spark_nn.report import Report
 from spark_nn.torch import codec, losses
 from spark_nn.torch.blueprint import Blueprint, Specs
+from spark_nn.torch.draw import draw
 from spark_nn.trainer import Schedule, Trained, Trainer, check_digests, misfit, publish
 
 # Where the driver leaves the weights to begin with.
@@ -146,7 +147,8 @@ class TorchTrainer(Trainer):
         rows = (
             {key: each.to(device) for key, each in example.items()} if isinstance(example, dict) else example.to(device)
         )
-        report = Report(gang.progress, self.schedule.epochs, data.steps, data.rows * gang.world, place)
+        events = self.events(gang, place.epoch, functools.partial(draw, module, rows))
+        report = Report(gang.progress, self.schedule.epochs, data.steps, data.rows * gang.world, place, events)
         with averaging.averager(recipe.collective, module, gang.collective, gang.host, gang.timeout, rows) as averager:
             clock.append(time.monotonic())
             gang.progress.update(phase="trace")

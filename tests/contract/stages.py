@@ -36,6 +36,8 @@ VALUES = {
     "seed": 17,
     "learningRate": 0.125,
     "storeUrl": "file:///nowhere",
+    "logDir": "s3://nowhere/logs",
+    "tracking": "mlflow",
     "verbose": 2,
     "followLogs": True,
     "model": mlp,

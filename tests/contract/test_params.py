@@ -111,3 +111,9 @@ def test_the_constructor_takes_every_param_by_keyword(stage):
     assert {name: instance.getOrDefault(name) for name in values(stage)} == values(stage)
     with pytest.raises(TypeError, match="forces keyword arguments|positional"):
         stage(3)
+    if stage.__name__ in {"KerasEstimator", "TorchEstimator"}:
+        for call in (stage, stage().setParams):
+            with pytest.raises(TypeError, match=r"has no param 'learning_rate' .did you mean 'learningRate'"):
+                call(learning_rate=0.1)
+        with pytest.raises(TypeError, match="Estimator has no param 'xyz'; explainParams"):
+            stage(xyz=1)

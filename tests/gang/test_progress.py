@@ -14,7 +14,7 @@ import types
 
 import pytest
 
-from spark_nn.gang.board import Board
+from spark_nn.gang.board import Board, number
 from spark_nn.gang.logs import Follower, pumped
 from spark_nn.gang.progress import PROGRESS, Reporter, State
 from spark_nn.store import RunDir
@@ -316,3 +316,7 @@ def test_what_a_rank_prints_is_followed_line_by_line(run, tmp_path):
             log.write(b"the end")
         assert follower.lines() == [(3, "the end")]
     assert run.names("logs") == []
+
+
+def test_counts_are_told_as_counts_and_small_numbers_with_their_power():
+    assert [number(value) for value in (821, 821.0, 0.00025)] == ["821", "821.0000", "2.5000e-04"]

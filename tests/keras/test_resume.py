@@ -13,6 +13,7 @@ from spark_nn.keras.training import _parts
 from tests.failure.processes import no_rank_is_left
 from tests.keras import models
 from tests.keras.test_fit import arrays, data, estimator
+from tests.tracking.reading import check_told, operations
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -55,13 +56,16 @@ def undisturbed(sessions, tmp_path_factory):
 # 30 steps an epoch: before the first checkpoint; amid an epoch; just before its end; after the third one.
 @pytest.mark.parametrize(("rank", "step"), [(1, 3), (0, 17), (1, 29), (0, 30), (1, 104)])
 def test_a_rank_that_is_killed_changes_no_bit(spark, store, undisturbed, tmp_path, rank, step):
-    model = disturbed(store, tmp_path / "mark", rank, step).fit(rows(spark))
+    model = disturbed(store, tmp_path / "mark", rank, step, logDir=str(tmp_path / "logs")).fit(rows(spark))
     assert (tmp_path / "mark").exists()
     (reason,) = model.summary.restarts
     assert f"rank {rank} " in reason
     assert "SIGKILL" in reason
     assert model.summary.history == undisturbed[1]
     assert bits(model) == undisturbed[0]
+    rates = check_told(model.summary.logDir, model.summary.history)
+    assert list(rates) == [0, 1, 2, 3]
+    assert "MatMul" in operations(model.summary.logDir)
     assert len(model.summary.epochSeconds) == 4
     no_rank_is_left()
 

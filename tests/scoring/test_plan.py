@@ -104,6 +104,15 @@ def test_vectors_in_a_parquet_file_may_be_carried_along(spark, counted, tmp_path
     assert found.select("vector").count() == 500
 
 
+def test_a_model_is_given_to_the_executors_once(spark, counted):
+    counted(rows(spark))
+    before = spark.sparkContext.listFiles
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(spark), "addArtifacts", lambda *_, **__: pytest.fail("Spark would warn of it"))
+        assert counted(rows(spark)).count() == 1000
+    assert spark.sparkContext.listFiles == before
+
+
 def test_planning_starts_no_job(spark, counted):
     broken = rows(spark).withColumn("a", F.expr("if(id >= 0, raise_error('read'), 0)").cast("double"))
     spark.sparkContext.setJobGroup("planned", "")

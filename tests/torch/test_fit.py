@@ -272,6 +272,10 @@ REFUSED = [
     ),
     ({"model": torch.nn.LazyLinear(1)}, "the model's weight, bias will have a shape only when it has been called"),
     ({"mixedPrecision": "fp16", "useGpu": False}, "halves need GPUs"),
+    ({"optimizer": "adma"}, "torch.optim has no class of this name .did you mean 'adam'.*; known are adadelta"),
+    ({"optimizer": "lr_scheduler"}, "torch.optim has no class of this name; known are adadelta"),
+    ({"metrics": ["acuracy"]}, "metrics='acuracy': torchmetrics has no metric of this name .did you mean 'accuracy'"),
+    ({"metrics": {"m": "nonsense"}}, "metrics='nonsense': torchmetrics has no metric of this name; give one of"),
     ({"inputCols": ["name"]}, "column 'name' holds string values, and PyTorch has no tensors of them"),
 ]
 
@@ -294,8 +298,6 @@ def test_what_cannot_be_is_refused_before_anything_starts(spark, store):
         ({"model": models.not_a_module}, "the function given as model returned 3, not a torch.nn.Module"),
         ({"modelParams": {"inputs": 4}}, r"does not take the input that the columns make \(the input: float32 \(3,\)"),
         ({"optimizer": "lbfgs"}, "gives a LBFGS: it must be a torch.optim.Optimizer that makes its step from"),
-        ({"optimizer": "adamz"}, "torch.optim has no class of this name; known are adadelta"),
-        ({"metrics": ["nonsense"]}, "torchmetrics has no metric of this name"),
         ({"mixedPrecision": "fp16"}, "needs a GPU on every worker, and this one has none"),
         ({"lrScheduler": models.plateau, "lrSchedulerInterval": "step"}, "ReduceLROnPlateau makes its step by epoch"),
     ],

@@ -61,6 +61,13 @@ def test_a_model_scores_and_measures_equal_to_the_bit_in_a_fresh_process(spark, 
     assert [row.p[1] for row in found] == [row.probability[1] for row in here]
 
 
+def looks_at_its_weights(**arguments):
+    """A network whose making needs numbers, which there are none of without weights."""
+    net = models.lazy(**arguments)
+    assert float(torch.zeros(1)) == 0.0
+    return net
+
+
 def test_what_makes_the_network_is_let_in_by_name_only(spark, fitted, tmp_path):
     path = str(tmp_path / "model")
     fitted.save(path)
@@ -69,7 +76,11 @@ def test_what_makes_the_network_is_let_in_by_name_only(spark, fitted, tmp_path):
     ):
         TorchModel.load(path)
     with pytest.raises(ModelFileError, match=r"holds the weights of another network than the model gives: .*running_"):
-        TorchModel.load(path, model=models.mlp_of).model  # noqa: B018
+        TorchModel.load(path, model=models.mlp_of)
+    with pytest.raises(ModelFileError, match=r"shape \(5, 3\), and the model's has \(6, 3\): give the function"):
+        TorchModel.load(path, model=lambda units: models.lazy(units + 1))
+    sealed = TorchModel.load(path, model=looks_at_its_weights)
+    assert models.weights(sealed.model)[0].tolist() == models.weights(fitted.model)[0].tolist()
     net = fitted.model
     assert TorchModel.load(path, model=net).model.state_dict().keys() == net.state_dict().keys()
     spark.conf.set("spark.nn.allowedModules", "tests.torch")
@@ -120,9 +131,8 @@ def test_a_file_that_was_changed_is_refused_and_pickles_are_never_read(spark, fi
         (tmp_path / "model" / "manifest.json").write_text(json.dumps(manifest))
         (tmp_path / "model" / ".manifest.json.crc").unlink(missing_ok=True)
         (file.parent / f".{file.name}.crc").unlink(missing_ok=True)
-        loaded = TorchModel.load(str(tmp_path / "model"), model=models.lazy)
         with pytest.raises(ModelFileError, match="cannot be read as a safetensors file"):
-            loaded.model  # noqa: B018
+            TorchModel.load(str(tmp_path / "model"), model=models.lazy)
     assert not (tmp_path / "trapped").exists()
 
 

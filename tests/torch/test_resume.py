@@ -12,11 +12,12 @@ from tests.failure.processes import no_rank_is_left
 from tests.keras.test_resume import rows
 from tests.torch import models
 from tests.torch.test_fit import data, estimator
+from tests.tracking.reading import check_told, operations
 
 pytestmark = pytest.mark.timeout(240)
 
 
-def disturbed(store, mark, rank, step, collective="ring"):
+def disturbed(store, mark, rank, step, collective="ring", **kwargs):
     """With batch normalisation, dropout, moments, a scheduler, clipping and metrics of which an epoch holds a part."""
     return estimator(
         store,
@@ -35,6 +36,7 @@ def disturbed(store, mark, rank, step, collective="ring"):
         checkpointInterval=7,
         collective=collective,
         timeout=60.0,
+        **kwargs,
     )
 
 
@@ -53,12 +55,14 @@ def undisturbed(sessions, tmp_path_factory):
 # 30 steps an epoch: amid one; in the last.
 @pytest.mark.parametrize(("rank", "step"), [(1, 17), (0, 104)])
 def test_a_rank_that_is_killed_changes_no_bit(spark, store, undisturbed, tmp_path, rank, step):
-    model = disturbed(store, tmp_path / "mark", rank, step).fit(rows(spark))
+    model = disturbed(store, tmp_path / "mark", rank, step, logDir=str(tmp_path / "logs")).fit(rows(spark))
     (reason,) = model.summary.restarts
     assert f"rank {rank} " in reason
     assert "SIGKILL" in reason
     assert model.summary.history == undisturbed[1]
-    assert bits(model) == undisturbed[0]
+    assert bits(model) == undisturbed[0]  # which the tracing for TensorBoard does not change, either
+    check_told(model.summary.logDir, model.summary.history)
+    assert {"aten::linear", "aten::batch_norm"} <= operations(model.summary.logDir)
     no_rank_is_left()
 
 

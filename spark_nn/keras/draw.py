@@ -1,0 +1,29 @@
+"""Worker side: a Keras model as TensorBoard draws it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spark_nn.chance import random_numbers_kept
+from spark_nn.tracking.events import Drawing
+
+
+def draw(model: Any, example: Any) -> Drawing:
+    """The graph of what a model does with a row, and the layers of one that can tell them.
+
+    Keras's own callback would draw the training step, which Keras no longer makes one function of TensorFlow's.
+    """
+    import tensorflow as tf
+
+    layers = model.to_json() if type(model).__name__ in ("Functional", "Sequential") else None
+    with random_numbers_kept():
+        traced = tf.function(lambda inputs: model(inputs, training=False)).get_concrete_function(example)
+    return traced.graph.as_graph_def(add_shapes=True).SerializeToString(), layers
+
+
+def learning_rate(optimizer: Any) -> float | None:
+    """The optimizer's learning rate as it is now, whoever turns it."""
+    import keras
+
+    rate = getattr(optimizer, "learning_rate", None)
+    return None if rate is None else float(keras.ops.convert_to_numpy(rate))

@@ -1,0 +1,203 @@
+"""The course of a training as TensorBoard reads it.
+
+The driver names a run's folder (:func:`run_folder`); rank 0 writes there (:class:`Events`): two folders, ``train`` and
+``validation``, with the tags that ``keras.callbacks.TensorBoard`` uses, whatever the framework. Each attempt writes
+files of its own. One that goes on from a checkpoint says at which epoch, and TensorBoard then drops what an earlier
+attempt told from there on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fsspec.implementations.local import LocalFileSystem
+
+from spark_nn.errors import ParamError, StoreError
+from spark_nn.gang.context import GangContext, attempt_name
+from spark_nn.store import RunDir, as_url
+
+# A network, as a serialised GraphDef, and what Keras says of its layers, as JSON.
+Drawing = tuple[bytes | None, str | None]
+_FOLDERS = ("train", "validation")
+_VALIDATION = "val_"
+_LOG = logging.getLogger(__name__)
+
+
+def run_name(uid: str) -> str:
+    """The name of a call of fit: when it began, and whose it is."""
+    return f"{datetime.now().astimezone():%Y%m%d-%H%M%S.%f}-{uid}"
+
+
+def run_folder(log_dir: str, name: str) -> str:
+    """Driver side: the URL of a run's folder, which is there afterwards if it is on a disk.
+
+    Raises
+    ------
+    ParamError
+        It cannot be written.
+    """
+    try:
+        folder = RunDir(f"{as_url(log_dir, 'logDir')}/{name}")
+        if _is_local(folder):
+            folder.fs.makedirs(folder.root, exist_ok=True)
+    except (OSError, StoreError) as error:
+        raise ParamError(
+            f"logDir={log_dir!r} cannot be written: {error}. Give a directory, or an fsspec URL, that the driver and "
+            "the executors can write"
+        ) from error
+    return folder.url
+
+
+class Events:
+    """Worker side: writes the epochs of a training; rank 0 alone has one.
+
+    Parameters
+    ----------
+    url : str
+        The run's folder.
+    gang : GangContext
+        Rank 0's view of its gang.
+    first : int
+        The epoch, from 0, that this attempt begins with, or goes on with.
+    draw : callable, optional
+        Draws the network, once the first epoch is over. What it raises is logged, and there is no drawing.
+
+    Raises
+    ------
+    ParamError
+        The package tensorboard is missing here, or the folder.
+    """
+
+    def __init__(self, url: str, gang: GangContext, first: int, draw: Callable[[], Drawing] | None = None) -> None:
+        try:
+            import tensorboard.summary.writer.record_writer  # noqa: F401
+        except ImportError as error:
+            raise ParamError(
+                f"logDir is set, and the package tensorboard cannot be imported on {gang.host} ({error}): install it "
+                "where tasks run, with pip install 'spark-nn[tensorboard]', or clear logDir"
+            ) from error
+        self._folder = RunDir(url)
+        if _is_local(self._folder) and not Path(self._folder.root).is_dir():
+            raise ParamError(
+                f"logDir: {gang.host}, where the first worker runs, does not see {self._folder.root}, which the driver "
+                "has made: give a directory that they share, or an fsspec URL such as s3://bucket/logs"
+            )
+        self._file = f"events.out.tfevents.{attempt_name(gang.attempt)}"
+        self._scratch = gang.scratch / "events"
+        self._first = first
+        self._draw = draw
+        self._opened: dict[str, _Writer] = {}
+
+    def epoch(self, epoch: int, logs: Mapping[str, Any], rate: float | None, rows_per_second: float) -> None:
+        """Write an epoch's values.
+
+        Parameters
+        ----------
+        epoch : int
+            The epoch, from 0.
+        logs : mapping of str to float or list of float
+            Its metrics; those that begin with ``val_`` are of the validation rows.
+        rate : float or None
+            The learning rate that it ended with; None where there is no one rate.
+        rows_per_second : float
+            Training rows per second, all ranks together.
+        """
+        values: dict[str, dict[str, float]] = {name: {} for name in _FOLDERS}
+        if rate is not None and math.isfinite(rate):
+            values["train"]["epoch_learning_rate"] = rate
+        values["train"]["rows_per_second"] = rows_per_second
+        for name, value in logs.items():
+            held = name.startswith(_VALIDATION)
+            folder, tag = _FOLDERS[held], f"epoch_{name.removeprefix(_VALIDATION) if held else name}"
+            for place, each in enumerate(np.ravel(value).tolist()):  # one per class, of some metrics
+                values[folder][f"{tag}/{place}" if np.ndim(value) else tag] = float(each)
+        try:
+            if epoch == 0:
+                self._write_network()
+            for folder, scalars in values.items():
+                if scalars:
+                    self._writer(folder).scalars(epoch, scalars)
+            self._publish()
+        except (OSError, StoreError) as error:
+            # The model is worth more than what is told of it; what was not copied is with the next epoch.
+            _LOG.warning("logDir: epoch %d could not be written to %s (%s)", epoch + 1, self._folder.url, error)
+
+    def _write_network(self) -> None:
+        if self._draw is None:
+            return
+        try:
+            graph, layers = self._draw()
+        except Exception as error:  # noqa: BLE001  (whatever a network makes of being traced)
+            _LOG.warning("logDir: the network cannot be drawn, and is left out (%s: %s)", type(error).__name__, error)
+            return
+        self._writer("train").network(graph, layers)
+
+    def _writer(self, folder: str) -> _Writer:
+        if folder not in self._opened:
+            home = Path(self._folder.root) if _is_local(self._folder) else self._scratch
+            (home / folder).mkdir(parents=True, exist_ok=True)
+            self._opened[folder] = _Writer(home / folder / self._file, self._first)
+        return self._opened[folder]
+
+    def _publish(self) -> None:
+        if not _is_local(self._folder):
+            for folder, writer in self._opened.items():
+                self._folder.mkdir(folder)
+                self._folder.put(writer.path, f"{folder}/{self._file}")
+
+
+class _Writer:
+    """A file of events.
+
+    Parameters
+    ----------
+    path : Path
+        Where it is.
+    first : int
+        The epoch that it begins with.
+    """
+
+    def __init__(self, path: Path, first: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        self.path = path
+        path.write_bytes(b"")
+        self._write(file_version="brain.Event:2")
+        if first:
+            self._write(step=first, session_log=SessionLog(status=SessionLog.START))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._write(step=step, summary=summary)
+
+    def network(self, graph: bytes | None, layers: str | None) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+        from tensorboard.compat.proto.tensor_pb2 import TensorProto
+        from tensorboard.compat.proto.types_pb2 import DT_STRING
+
+        if graph is not None:
+            self._write(graph_def=graph)
+        if layers is not None:
+            plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="graph_keras_model"))
+            tensor = TensorProto(dtype=DT_STRING, string_val=[layers.encode()])
+            self._write(summary=Summary(value=[Summary.Value(tag="keras", metadata=plugin, tensor=tensor)]))
+
+    def _write(self, **fields: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        with self.path.open("ab") as file:
+            RecordWriter(file).write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+
+def _is_local(folder: RunDir) -> bool:
+    return isinstance(folder.fs, LocalFileSystem)
