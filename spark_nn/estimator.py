@@ -57,6 +57,10 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         """Ranks beside the workers."""
         return 0
 
+    def _environment(self) -> dict[str, str]:
+        """What must be set in a rank's process before it imports the framework."""
+        return {}
+
     def _fit(self, dataset: DataFrame) -> M:
         ((_, model),) = Fits(dataset, [self._checked(dataset)])
         return model
@@ -158,6 +162,10 @@ class _Fit(Generic[M]):
     schedule: Schedule
     began: float
     checking: float
+
+    @property
+    def environment(self) -> tuple[tuple[str, str], ...]:
+        return tuple(sorted(self.estimator._environment().items()))
 
     @property
     def verbose(self) -> int:

@@ -10,7 +10,7 @@ import functools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from spark_nn.dataset.lease import Dataset, Source
 from spark_nn.dataset.manifest import Manifest
@@ -41,6 +41,10 @@ class Fit(Protocol[M_co]):
     @property
     def spec(self) -> Spec:
         """What it wants of the rows."""
+
+    @property
+    def environment(self) -> tuple[tuple[str, str], ...]:
+        """What must be set in a rank's process before it imports its framework, by name."""
 
     @property
     def verbose(self) -> int:
@@ -110,17 +114,17 @@ class Fits(Generic[M]):
 
 def _train(dataset: DataFrame, fits: Sequence[Fit[M]]) -> Iterator[tuple[int, M | SparkNNError]]:
     """The place of a fit and its model, or the error that it ended with."""
-    together: dict[tuple[Gang, str, int], dict[int, Fit[M]]] = {}
+    together: dict[tuple[Any, ...], dict[int, Fit[M]]] = {}
     for place, fit in enumerate(fits):
-        together.setdefault((fit.gang, fit.store, fit.verbose), {})[place] = fit
+        together.setdefault((fit.gang, fit.store, fit.environment, fit.verbose), {})[place] = fit
     with Source(dataset) as source:
-        for (gang, store, verbose), group in together.items():
-            yield from _train_together(source, gang, store, verbose, group)
+        for group in together.values():
+            yield from _train_together(source, group)
 
 
-def _train_together(
-    source: Source, gang: Gang, store: str, verbose: int, fits: Mapping[int, Fit[M]]
-) -> Iterator[tuple[int, M | SparkNNError]]:
+def _train_together(source: Source, fits: Mapping[int, Fit[M]]) -> Iterator[tuple[int, M | SparkNNError]]:
+    one = next(iter(fits.values()))
+    gang, store, verbose = one.gang, one.store, one.verbose
     with RunDir.open(store) as run:
         runs = {place: run.below(f"fit-{place}") if len(fits) > 1 else run for place in fits}
         trainers: dict[int, Trainer] = {}
@@ -133,7 +137,7 @@ def _train_together(
         if not trainers:
             return
         first = next(iter(trainers.values()))
-        home = gang.home(first.environment, first.preload)
+        home = gang.home(dict(one.environment), first.preload)
         gang.warm(home, len(trainers))  # the executors import the framework while the rows are written
         data: dict[int, Dataset] = {}
         seconds: dict[int, float] = {}

@@ -180,20 +180,24 @@ def check_saved(path: str | Path, what: str, find: Find, *, compiled: bool) -> N
 
 
 @dataclass(frozen=True)
-class CustomLoader:
-    """Executor side: a loader for a model of custom objects; equal where they are, so that it loads once.
+class ModelLoader:
+    """Executor side: a loader of a model file; equal where all that it is made of is, so that a model is loaded once.
 
     Parameters
     ----------
     load : callable
-        An importable function that takes the local path, the task's share, and what finds custom objects by name.
+        An importable function that takes the local path, the task's share, the backend, and what finds custom objects
+        by name.
+    backend : str
+        What Keras is to run on.
     customs : Customs
         The custom objects.
     """
 
-    load: Callable[[str, Share, Find], Any]
+    load: Callable[[str, Share, str, Find], Any]
+    backend: str
     customs: Customs
 
     def __call__(self, path: str, share: Share) -> Any:
         """Load the model."""
-        return self.load(path, share, self.customs.find)
+        return self.load(path, share, self.backend, self.customs.find)

@@ -5,26 +5,30 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from pyspark import keyword_only
 
 from spark_nn.dataset.manifest import Manifest
+from spark_nn.dataset.materialize import Spec
 from spark_nn.errors import ModelFileError, ParamError
 from spark_nn.estimator import NeuralEstimator
-from spark_nn.keras import archive, codec
+from spark_nn.keras import archive, backends, codec
 from spark_nn.keras.customs import Customs, registered, require
 from spark_nn.keras.model import KerasModel
 from spark_nn.keras.names import check_name
 from spark_nn.keras.parameters import ParameterTrainer
 from spark_nn.keras.params import KerasParams
-from spark_nn.keras.stages import LIBRARIES
+from spark_nn.keras.stages import LIBRARIES, check_numbers
 from spark_nn.keras.training import INITIAL_MODEL, MODEL, KerasTrainer, Recipe
 from spark_nn.network import check_arguments, check_network, refuse_arguments
 from spark_nn.persistence import ModelFile
 from spark_nn.store import RunDir
 from spark_nn.summary import TrainingSummary
 from spark_nn.trainer import Schedule, Trained
+
+if TYPE_CHECKING:
+    from pyspark.sql.types import StructType
 
 E = TypeVar("E", bound="KerasEstimator")
 _MODEL_FILE = f"model{codec.SUFFIX}"
@@ -125,7 +129,11 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         disk, or nothing. ``"auto"`` is memory where the dataset fits into a quarter of what is free.
     collective : {"auto", "ring", "native"}, default ``"auto"``
         How workers exchange gradients: by our own ring of TCP connections, or by TensorFlow's collective operations
-        (NCCL between GPUs). ``"auto"`` is native where every worker has a GPU.
+        (NCCL between GPUs). ``"auto"`` is native where every worker has a GPU, and the ring on other backends.
+    backend : {"tensorflow", "jax", "torch"}, default ``"tensorflow"``
+        What Keras runs on in the workers, whatever the driver's runs on: the same model, trained in step on each. JAX
+        comes with the extra ``jax``, PyTorch with the extra ``torch``; both take numbers only, and no strings. The
+        fitted model scores on the same backend, unless its own `backend` is set.
     parameterServers : {0, 1}, default 0
         With 1 training is asynchronous: one more Spark task holds the weights and applies the optimizer to each
         worker's gradients as they come. Workers do not wait for each other, and one whose process is killed is
@@ -212,6 +220,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         storeUrl: str | None = None,
         cache: str = "auto",
         collective: str = "auto",
+        backend: str = "tensorflow",
         parameterServers: int = 0,
         useGpu: bool | None = None,
         timeout: float = 600.0,
@@ -263,6 +272,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         storeUrl: str | None = None,
         cache: str = "auto",
         collective: str = "auto",
+        backend: str = "tensorflow",
         parameterServers: int = 0,
         useGpu: bool | None = None,
         timeout: float = 600.0,
@@ -277,7 +287,16 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
     def _servers(self) -> int:
         return self.getParameterServers()
 
+    def _environment(self) -> dict[str, str]:
+        return backends.environment(self.getBackend())
+
+    def _spec(self, schema: StructType, schedule: Schedule) -> Spec:
+        if self.getBackend() != "tensorflow":
+            check_numbers(self.getBackend(), self.inputTensors(schema))
+        return super()._spec(schema, schedule)
+
     def _check(self) -> None:
+        self.checkBackend()
         self.checkParameterServers()
         self._checkSettings()
         check_network(self._ifGiven("model"), self._ifGiven("initialModel"), self.getModelParams(), "keras.Model")
@@ -355,6 +374,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
             collective=self.getCollective(),  # type: ignore[arg-type]
             outputs=self.outputChoice(),
             customs=Customs.of(self._given(), registered()),
+            backend=self.getBackend(),  # type: ignore[arg-type]
         )
         return (ParameterTrainer if self.getParameterServers() else KerasTrainer)(schedule, recipe)
 

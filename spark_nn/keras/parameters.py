@@ -25,7 +25,7 @@ from spark_nn.gang.collective import Alone
 from spark_nn.gang.context import GangContext, attempt_folder
 from spark_nn.gang.failure import lost_ranks
 from spark_nn.gang.visits import Hall, Visit
-from spark_nn.keras import codec
+from spark_nn.keras import backends, codec
 from spark_nn.keras.describe import describe_outputs
 from spark_nn.keras.feed import Feed
 from spark_nn.keras.training import INITIAL_MODEL, KerasTrainer, _fetched, _take_optimizer, _take_weights
@@ -69,7 +69,7 @@ class ParameterTrainer(KerasTrainer):
                 "parameterServers=1 with an optimizer that scales the loss, as under mixed_float16: each worker would "
                 "have a scale of its own; use mixed_bfloat16, or train in step"
             )
-        model.jit_compile = False  # XLA cannot compile a step that talks to other processes
+        backends.current().ready(model)
         outputs = describe_outputs(model, put_out, manifest.role("label"))
         order = tuple(outputs) if isinstance(put_out, (list, tuple)) and len(outputs) > 1 else None
         if gang.rank:

@@ -11,7 +11,7 @@ from spark_nn.converters import choice, loss_weights, param
 from spark_nn.errors import ParamError
 from spark_nn.keras import codec
 from spark_nn.keras.model import KerasModel
-from spark_nn.keras.stages import HasCustomObjects
+from spark_nn.keras.stages import HasBackend, HasCustomObjects
 from spark_nn.network import NetworkParams, fitted
 
 E = TypeVar("E", bound="KerasParams")
@@ -72,7 +72,7 @@ def _callbacks(value: Any) -> Any:
     return list(value)
 
 
-class KerasParams(HasCustomObjects, NetworkParams):
+class KerasParams(HasCustomObjects, HasBackend, NetworkParams):
     """What to train, and how."""
 
     model: Param[Any] = param(
@@ -136,6 +136,28 @@ class KerasParams(HasCustomObjects, NetworkParams):
     def setParameterServers(self: E, value: int) -> E:
         """Set :py:attr:`parameterServers`."""
         return self._set(parameterServers=value)
+
+    def checkBackend(self) -> None:
+        """Refuse what only another backend can do.
+
+        Raises
+        ------
+        ParamError
+            A param is set that this one could not honour.
+        """
+        backend = self.getBackend()
+        if backend == "tensorflow":
+            return
+        if self.getOrDefault("collective") == "native":
+            raise ParamError(
+                f"collective='native' with backend={backend!r}: these are TensorFlow's collective operations; use "
+                "'ring' or 'auto', or backend='tensorflow'"
+            )
+        if self.getParameterServers():
+            raise ParamError(
+                f"parameterServers={self.getParameterServers()} with backend={backend!r}: asynchronous training needs "
+                "backend='tensorflow'; or train in step, with parameterServers=0"
+            )
 
     def checkParameterServers(self) -> None:
         """Refuse what only training in step can do.

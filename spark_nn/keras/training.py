@@ -1,16 +1,17 @@
 """Worker side of a Keras fit: build, compile, train in step, publish.
 
-The driver imports this module to describe the training; Keras and TensorFlow are imported only on the worker.
+The driver imports this module to describe the training; Keras and its backend are imported only on the worker.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from spark_nn.chance import random_numbers_kept
 from spark_nn.checkpoint import Checkpoints, Place
@@ -19,8 +20,10 @@ from spark_nn.dataset import petastorm_compat
 from spark_nn.dataset.manifest import Manifest
 from spark_nn.dataset.stream import Stream
 from spark_nn.errors import ParamError
+from spark_nn.gang.collective import Engine
 from spark_nn.gang.context import GangContext
-from spark_nn.keras import codec
+from spark_nn.keras import backends, codec
+from spark_nn.keras.backends import Backend
 from spark_nn.keras.customs import Customs
 from spark_nn.keras.describe import describe_outputs, other_reduction
 from spark_nn.keras.feed import Feed
@@ -61,6 +64,8 @@ class Recipe:
         What the user says of the outputs.
     customs : Customs
         What the model consists of besides Keras's own parts.
+    backend : {"tensorflow", "jax", "torch"}
+        What Keras runs on.
     """
 
     function: Callable[..., Any] | None
@@ -73,9 +78,10 @@ class Recipe:
     metrics: Any
     learningRate: float | None
     callbacks: Any
-    collective: Literal["auto", "ring", "native"] = "auto"
+    collective: Engine = "auto"
     outputs: Choice = field(default_factory=Choice)
     customs: Customs = field(default_factory=Customs)
+    backend: Backend = "tensorflow"
 
 
 class KerasTrainer(Trainer):
@@ -89,8 +95,6 @@ class KerasTrainer(Trainer):
         What to train.
     """
 
-    # Whatever the machine prefers: the gradients are averaged inside TensorFlow's graph.
-    environment: ClassVar[dict[str, str]] = {"KERAS_BACKEND": "tensorflow"}
     preload: ClassVar[tuple[str, ...]] = ("spark_nn.keras.training:prepare",)
 
     def __init__(self, schedule: Schedule, recipe: Recipe) -> None:
@@ -108,16 +112,16 @@ class KerasTrainer(Trainer):
         """Train in step with the other ranks and publish the model from rank 0."""
         clock = [time.monotonic()]
         gang.progress.update(phase="import")
+        room = backends.room(self.recipe.backend)
         import keras
 
-        from spark_nn.keras import native
         from spark_nn.keras.callbacks import Reporting, Session, chosen
         from spark_nn.keras.resume import Keeper
         from spark_nn.keras.sync import Synchroniser
 
         clock.append(time.monotonic())
         gang.progress.update(phase="build")
-        averager = native.averager(self.recipe.collective, gang.collective, gang.host, gang.timeout)
+        averager = room.averager(self.recipe.collective, gang.collective, gang.host, gang.timeout)
         keras.utils.set_random_seed(self.schedule.seed % 2**32)
         example = Feed(data).example()
         model, put_out = self._build(gang, example, manifest.role("features"))
@@ -136,7 +140,7 @@ class KerasTrainer(Trainer):
             if gang.rank == 0:
                 codec.check_loadable(model, self.recipe.customs)
         own, watched = chosen(self.recipe.callbacks, gang, validation is not None)
-        if not watched:
+        if not watched and room.TOGETHER:
             self._pace(model, data.steps, gang.world)
         sync = Synchroniser(model, gang.collective, gang.rank, averager, nonFinite=self.schedule.nonFiniteLoss)
         keeper = Keeper(model, gang, checkpoints, own, self.schedule.epochs, data.steps)
@@ -212,7 +216,7 @@ class KerasTrainer(Trainer):
             settings.setdefault("optimizer", "rmsprop")  # Keras's own default
             model.compile(**settings)
         if world > 1:
-            model.jit_compile = False  # XLA cannot compile a step that talks to other processes
+            backends.current().ready(model)
             _check_reduction(model.loss)
         if recipe.learningRate is not None:
             model.optimizer.learning_rate = recipe.learningRate
@@ -228,8 +232,8 @@ class KerasTrainer(Trainer):
 
 
 def prepare() -> None:
-    """Import what every training needs, without starting any of it."""
-    import tensorflow  # noqa: F401
+    """Import what every training on this process's backend needs, without starting any of it."""
+    backends.room(os.environ["KERAS_BACKEND"]).prepare()
 
     import spark_nn.keras.callbacks
     import spark_nn.keras.resume

@@ -48,6 +48,7 @@ VALUES = {
     "maxRetries": 1,
     "checkpointInterval": 9,
     "collective": "ring",
+    "backend": "jax",
     "parameterServers": 1,
     "useGpu": False,
     "stepsPerEpoch": 11,
