@@ -38,8 +38,29 @@ def plain(value: Any) -> Any:
     if hasattr(value, "get_config") and not isinstance(value, type):
         import keras
 
+        _name_optimizers()
         return keras.saving.serialize_keras_object(value)
     return value
+
+
+def save(model: Any, path: str | Path) -> None:
+    """Save a model so that Keras on any backend can load it."""
+    _name_optimizers()
+    model.save(path)
+
+
+def _name_optimizers() -> None:
+    """Have Keras on PyTorch write the public names of its optimizers, in place of those of their classes there."""
+    import keras
+
+    if keras.backend.backend() != "torch":
+        return
+    from keras.src.api_export import REGISTERED_OBJS_TO_NAMES as NAMES
+
+    for kind in [each for each in NAMES if isinstance(each, type) and issubclass(each, keras.optimizers.Optimizer)]:
+        for own in kind.__subclasses__():
+            if own.__module__.startswith("keras.src.backend.torch."):
+                NAMES[own] = NAMES[kind]
 
 
 def nothing(needed: Iterable[str]) -> dict[str, Any]:
@@ -133,7 +154,7 @@ def check_loadable(model: Any, customs: Customs) -> None:
     kept = dict(registered)
     with tempfile.TemporaryDirectory(prefix="spark_nn-") as folder:
         path = str(Path(folder) / f"check{SUFFIX}")
-        model.save(path)
+        save(model, path)
         registered.clear()
         try:
             load_model(path, customs.find)

@@ -352,7 +352,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         if instance:
             with TemporaryDirectory(prefix="spark_nn-") as folder:
                 local = Path(folder) / MODEL
-                model.save(local)
+                codec.save(model, local)
                 # Where the loss is given anew, the one that it was compiled with is not needed.
                 codec.check_saved(local, "the model", self._known, compiled=not self.isDefined("loss"))
                 run.put(local, MODEL)
@@ -394,7 +394,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         files = {}
         if self._hasInstance():
             file = ModelFile(codec.SUFFIX)
-            self.getModel().save(file.path)
+            codec.save(self.getModel(), file.path)
             codec.check_saved(file.path, "the model", self._known, compiled=True)
             files[_MODEL_FILE] = file.sealed()
         if self.isDefined("initialModel"):

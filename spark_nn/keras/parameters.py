@@ -8,6 +8,7 @@ other; one that is killed is missing from then on, with the rest of its rows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import struct
 import threading
@@ -98,7 +99,7 @@ class ParameterTrainer(KerasTrainer):
         if len(hall.lost) == gang.world - 1:
             raise PeerLost(f"all {gang.world - 1} workers were lost before they had come to the end of their epochs")
         gang.progress.update(phase="publish")
-        file, sha256 = publish(gang, model.save, codec.SUFFIX)
+        file, sha256 = publish(gang, functools.partial(codec.save, model), codec.SUFFIX)
         return Trained(
             file=file,
             sha256=sha256,
@@ -229,9 +230,7 @@ class Worker:
 
     def pushing(self) -> Any:
         """A block in which the optimizer pushes gradients and pulls weights, in place of applying them here."""
-        from spark_nn.keras.sync import _replaced
-
-        return _replaced(self.model.optimizer, "apply", self._apply)
+        return backends.replaced(self.model.optimizer, "apply", self._apply)
 
     def tell(self, epoch: int, logs: dict[str, Any], rows: int) -> None:
         """Tell rank 0 what an epoch has come to, and what layers have tracked on their own rows."""

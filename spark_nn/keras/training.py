@@ -5,6 +5,7 @@ The driver imports this module to describe the training; Keras and its backend a
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -177,7 +178,7 @@ class KerasTrainer(Trainer):
         check_digests(gang, sync.digest())
         clock.append(time.monotonic())
         gang.progress.update(phase="publish")
-        file, sha256 = publish(gang, model.save, codec.SUFFIX) if gang.rank == 0 else ("", "")
+        file, sha256 = publish(gang, functools.partial(codec.save, model), codec.SUFFIX) if gang.rank == 0 else ("", "")
         return report.trained(file, sha256, outputs, clock)
 
     def _build(self, gang: GangContext, example: Any, inputs: Sequence[Tensor]) -> tuple[Any, Any]:
