@@ -19,6 +19,8 @@ from spark_nn.keras.model import KerasModel
 from spark_nn.keras.names import check_name
 from spark_nn.keras.parameters import ParameterTrainer
 from spark_nn.keras.params import KerasParams
+from spark_nn.keras.sharded import ShardedTrainer
+from spark_nn.keras.sharding import Sharding
 from spark_nn.keras.stages import LIBRARIES, check_numbers
 from spark_nn.keras.training import INITIAL_MODEL, MODEL, KerasTrainer, Recipe
 from spark_nn.network import check_arguments, check_network, refuse_arguments
@@ -134,6 +136,12 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         What Keras runs on in the workers, whatever the driver's runs on: the same model, trained in step on each. JAX
         comes with the extra ``jax``, PyTorch with the extra ``torch``; both take numbers only, and no strings. The
         fitted model scores on the same backend, unless its own `backend` is set.
+    modelParallel : dict, optional
+        With ``backend="jax"``, how a model that is too large for one worker is cut over all of them: ``{"mesh":
+        {"data": 1, "model": 2}, "layout": {".*kernel": [None, "model"]}}`` names axes with the number of workers along
+        each, their product `numWorkers`, and for patterns that the paths of variables match as a whole the axis that
+        each dimension is cut along, or None. Workers take different rows along the axis ``data`` and compute the
+        same ones together along others. Without checkpoints: what a failure ends is begun again.
     parameterServers : {0, 1}, default 0
         With 1 training is asynchronous: one more Spark task holds the weights and applies the optimizer to each
         worker's gradients as they come. Workers do not wait for each other, and one whose process is killed is
@@ -221,6 +229,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         cache: str = "auto",
         collective: str = "auto",
         backend: str = "tensorflow",
+        modelParallel: dict[str, Any] | None = None,
         parameterServers: int = 0,
         useGpu: bool | None = None,
         timeout: float = 600.0,
@@ -273,6 +282,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         cache: str = "auto",
         collective: str = "auto",
         backend: str = "tensorflow",
+        modelParallel: dict[str, Any] | None = None,
         parameterServers: int = 0,
         useGpu: bool | None = None,
         timeout: float = 600.0,
@@ -297,6 +307,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
 
     def _check(self) -> None:
         self.checkBackend()
+        self.checkModelParallel()
         self.checkParameterServers()
         self._checkSettings()
         check_network(self._ifGiven("model"), self._ifGiven("initialModel"), self.getModelParams(), "keras.Model")
@@ -376,6 +387,8 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
             customs=Customs.of(self._given(), registered()),
             backend=self.getBackend(),  # type: ignore[arg-type]
         )
+        if self.isDefined("modelParallel"):
+            return ShardedTrainer(schedule, recipe, Sharding.of(self.getModelParallel()))
         return (ParameterTrainer if self.getParameterServers() else KerasTrainer)(schedule, recipe)
 
     def _newModel(self) -> KerasModel:

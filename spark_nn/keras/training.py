@@ -190,8 +190,12 @@ class KerasTrainer(Trainer):
                 raise ParamError(f"the function given as model returned {model!r}, not a keras.Model")
         else:
             model = _fetched(gang, MODEL if recipe.instance else INITIAL_MODEL, recipe.customs)
+        return model, self._put_out(model, example, inputs)
+
+    def _put_out(self, model: Any, example: Any, inputs: Sequence[Tensor]) -> Any:
+        """What the model puts out for an example; to call it builds what is not built yet."""
         try:
-            return model, model(example, training=False)  # which builds what is not built yet
+            return model(example, training=False)
         except Exception as error:
             raise misfit(inputs, "each of the model's inputs as the model does", error) from error
 
@@ -271,7 +275,8 @@ def _take_weights(model: Any, before: Any) -> None:
                 f"the weight {path} of the network of the param model has shape {shape}, and initialModel's {given}: "
                 "both must have the same layers; or leave model out"
             )
-    model.set_weights(before.get_weights())
+    for variable, value in zip(model.weights, before.weights, strict=True):
+        variable.assign(value)
 
 
 def _take_optimizer(model: Any, before: Any) -> None:

@@ -49,6 +49,7 @@ VALUES = {
     "checkpointInterval": 9,
     "collective": "ring",
     "backend": "jax",
+    "modelParallel": {"mesh": {"data": 1, "model": 3}, "layout": {".*kernel": [None, "model"]}},
     "parameterServers": 1,
     "useGpu": False,
     "stepsPerEpoch": 11,
