@@ -48,7 +48,7 @@ EXTRAS = {
         # Metrics that say how what several workers have counted becomes one.
         "torchmetrics>=1.4",
     ],
-    # For functions given to `run`. 0.10 is what Gloo's addresses were tried with.
+    # Keras on JAX, and functions given to `run`. 0.10 is what Gloo's addresses were tried with.
     "jax": ["jax>=0.10,<0.11"],
     # What Keras exports ONNX files with. Keras makes up for what tf2onnx 1.17 lacks for NumPy 2.
     "onnx": ["tf2onnx>=1.17", "onnx>=1.16"],

@@ -57,7 +57,9 @@ def _name_optimizers() -> None:
         return
     from keras.src.api_export import REGISTERED_OBJS_TO_NAMES as NAMES
 
-    for kind in [each for each in NAMES if isinstance(each, type) and issubclass(each, keras.optimizers.Optimizer)]:
+    base = keras.optimizers.Optimizer
+    public: list[Any] = [each for each in NAMES if isinstance(each, type) and issubclass(each, base)]
+    for kind in public:
         for own in kind.__subclasses__():
             if own.__module__.startswith("keras.src.backend.torch."):
                 NAMES[own] = NAMES[kind]

@@ -176,7 +176,7 @@ def _distribution(sharding: Sharding) -> Any:
     for pattern, axes in sharding.layout.items():
         layout[pattern] = tuple(axes)
 
-    class Checked(distributions.ModelParallel):  # type: ignore[misc]
+    class Checked(distributions.ModelParallel):  # type: ignore[misc, name-defined]
         def get_variable_layout(self, variable: Any) -> Any:
             if getattr(variable, "_layout", None) is None:
                 for pattern in sharding.layout:
