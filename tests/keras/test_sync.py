@@ -612,7 +612,7 @@ def Mean():
             self.value.assign(3.0)
 
         def result(self):
-            return self.value
+            return keras.ops.convert_to_tensor(self.value)
 
     return Constant()
 
