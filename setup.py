@@ -52,7 +52,7 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.19"],
     # Where `tracking="mlflow"` logs; what has a server is the full package.
     "mlflow": ["mlflow-skinny>=3"],
-    # For functions given to `run`. 0.10 is what Gloo's addresses were tried with.
+    # Keras on JAX, and functions given to `run`. 0.10 is what Gloo's addresses were tried with.
     "jax": ["jax>=0.10,<0.11"],
     # What Keras exports ONNX files with. Keras makes up for what tf2onnx 1.17 lacks for NumPy 2.
     "onnx": ["tf2onnx>=1.17", "onnx>=1.16"],

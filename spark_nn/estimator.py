@@ -62,6 +62,10 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         """Ranks beside the workers."""
         return 0
 
+    def _environment(self) -> dict[str, str]:
+        """What must be set in a rank's process before it imports the framework."""
+        return {}
+
     def _fit(self, dataset: DataFrame) -> M:
         run = self._run()
         ((_, model),) = Fits(dataset, [self._checked(dataset, run_name(self.uid))])
@@ -210,6 +214,10 @@ class _Fit(Generic[M]):
     began: float
     checking: float
     told: Callable[[M], None] | None = None
+
+    @property
+    def environment(self) -> tuple[tuple[str, str], ...]:
+        return tuple(sorted(self.estimator._environment().items()))
 
     @property
     def verbose(self) -> int:

@@ -10,7 +10,7 @@ import functools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from spark_nn.dataset.lease import Dataset, Source
 from spark_nn.dataset.manifest import Manifest
@@ -42,6 +42,10 @@ class Fit(Protocol[M_co]):
     @property
     def spec(self) -> Spec:
         """What it wants of the rows."""
+
+    @property
+    def environment(self) -> tuple[tuple[str, str], ...]:
+        """What must be set in a rank's process before it imports its framework, by name."""
 
     @property
     def label(self) -> str:
@@ -119,9 +123,10 @@ class Fits(Generic[M]):
 
 def _train(dataset: DataFrame, fits: Sequence[Fit[M]]) -> Iterator[tuple[int, M | SparkNNError]]:
     """The place of a fit and its model, or the error that it ended with."""
-    together: dict[tuple[Gang, str, int, bool], dict[int, Fit[M]]] = {}
+    together: dict[tuple[Any, ...], dict[int, Fit[M]]] = {}
     for place, fit in enumerate(fits):
-        together.setdefault((fit.gang, fit.store, fit.verbose, fit.followLogs), {})[place] = fit
+        alike = (fit.gang, fit.store, fit.environment, fit.verbose, fit.followLogs)
+        together.setdefault(alike, {})[place] = fit
     with Source(dataset) as source:
         for group in together.values():
             with RunDir.open(next(iter(group.values())).store) as run:
@@ -144,7 +149,7 @@ def _train_together(source: Source, run: RunDir, fits: Mapping[int, Fit[M]]) -> 
         if not trainers:
             return
         first = next(iter(trainers.values()))
-        home = gang.home(first.environment, first.preload)
+        home = gang.home(dict(any_fit.environment), first.preload)
         gang.warm(home, len(trainers))  # the executors import the framework while the rows are written
         board.phase("materializing rows")
         data: dict[int, Dataset] = {}

@@ -105,8 +105,6 @@ class Trainer(ABC):
         How to go through the rows.
     """
 
-    # What must be set in the rank's process before the framework is imported there.
-    environment: ClassVar[dict[str, str]] = {}
     # What may be done once per executor, before it is known what to train: imports, as ``module:function``.
     preload: ClassVar[tuple[str, ...]] = ()
     # Whether ranks have no collective, but call rank 0, and all but that one may be lost.

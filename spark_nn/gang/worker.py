@@ -385,6 +385,7 @@ def child_environment(base: Mapping[str, str], cpus: int, gpus: Sequence[str]) -
         MKL_NUM_THREADS=threads,
         TF_NUM_INTRAOP_THREADS=threads,
         TF_NUM_INTEROP_THREADS=threads,
+        NPROC=threads,  # what XLA, and so JAX, takes for the number of cores
         CUDA_VISIBLE_DEVICES=",".join(gpus),
         # Steps allocate and free the same again and again. glibc learns to keep such memory, but TensorFlow's generator
         # datasets stop it from learning, and the kernel would then hand it out page by page at every step.

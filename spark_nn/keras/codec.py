@@ -38,8 +38,31 @@ def plain(value: Any) -> Any:
     if hasattr(value, "get_config") and not isinstance(value, type):
         import keras
 
+        _name_optimizers()
         return keras.saving.serialize_keras_object(value)
     return value
+
+
+def save(model: Any, path: str | Path) -> None:
+    """Save a model so that Keras on any backend can load it."""
+    _name_optimizers()
+    model.save(path)
+
+
+def _name_optimizers() -> None:
+    """Have Keras on PyTorch write the public names of its optimizers, in place of those of their classes there."""
+    import keras
+
+    if keras.backend.backend() != "torch":
+        return
+    from keras.src.api_export import REGISTERED_OBJS_TO_NAMES as NAMES
+
+    base = keras.optimizers.Optimizer
+    public: list[Any] = [each for each in NAMES if isinstance(each, type) and issubclass(each, base)]
+    for kind in public:
+        for own in kind.__subclasses__():
+            if own.__module__.startswith("keras.src.backend.torch."):
+                NAMES[own] = NAMES[kind]
 
 
 def nothing(needed: Iterable[str]) -> dict[str, Any]:
@@ -133,7 +156,7 @@ def check_loadable(model: Any, customs: Customs) -> None:
     kept = dict(registered)
     with tempfile.TemporaryDirectory(prefix="spark_nn-") as folder:
         path = str(Path(folder) / f"check{SUFFIX}")
-        model.save(path)
+        save(model, path)
         registered.clear()
         try:
             load_model(path, customs.find)
@@ -180,20 +203,24 @@ def check_saved(path: str | Path, what: str, find: Find, *, compiled: bool) -> N
 
 
 @dataclass(frozen=True)
-class CustomLoader:
-    """Executor side: a loader for a model of custom objects; equal where they are, so that it loads once.
+class ModelLoader:
+    """Executor side: a loader of a model file; equal where all that it is made of is, so that a model is loaded once.
 
     Parameters
     ----------
     load : callable
-        An importable function that takes the local path, the task's share, and what finds custom objects by name.
+        An importable function that takes the local path, the task's share, the backend, and what finds custom objects
+        by name.
+    backend : str
+        What Keras is to run on.
     customs : Customs
         The custom objects.
     """
 
-    load: Callable[[str, Share, Find], Any]
+    load: Callable[[str, Share, str, Find], Any]
+    backend: str
     customs: Customs
 
     def __call__(self, path: str, share: Share) -> Any:
         """Load the model."""
-        return self.load(path, share, self.customs.find)
+        return self.load(path, share, self.backend, self.customs.find)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from spark_nn.dataset.manifest import Manifest
+from spark_nn.dataset.materialize import Spec
 from spark_nn.errors import ModelFileError, ParamError
 from spark_nn.estimator import NeuralEstimator
-from spark_nn.keras import archive, codec
+from spark_nn.keras import archive, backends, codec
 from spark_nn.keras.customs import Customs, registered, require
 from spark_nn.keras.model import KerasModel
 from spark_nn.keras.names import check_name
 from spark_nn.keras.parameters import ParameterTrainer
 from spark_nn.keras.params import KerasParams
-from spark_nn.keras.stages import LIBRARIES
+from spark_nn.keras.sharded import ShardedTrainer
+from spark_nn.keras.sharding import Sharding
+from spark_nn.keras.stages import LIBRARIES, check_numbers
 from spark_nn.keras.training import INITIAL_MODEL, MODEL, KerasTrainer, Recipe
 from spark_nn.network import check_arguments, check_network, refuse_arguments
 from spark_nn.persistence import ModelFile
@@ -24,6 +27,9 @@ from spark_nn.stage import keyword_only
 from spark_nn.store import RunDir
 from spark_nn.summary import TrainingSummary
 from spark_nn.trainer import Schedule, Trained
+
+if TYPE_CHECKING:
+    from pyspark.sql.types import StructType
 
 E = TypeVar("E", bound="KerasEstimator")
 _MODEL_FILE = f"model{codec.SUFFIX}"
@@ -124,7 +130,17 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         disk, or nothing. ``"auto"`` is memory where the dataset fits into a quarter of what is free.
     collective : {"auto", "ring", "native"}, default ``"auto"``
         How workers exchange gradients: by our own ring of TCP connections, or by TensorFlow's collective operations
-        (NCCL between GPUs). ``"auto"`` is native where every worker has a GPU.
+        (NCCL between GPUs). ``"auto"`` is native where every worker has a GPU, and the ring on other backends.
+    backend : {"tensorflow", "jax", "torch"}, default ``"tensorflow"``
+        What Keras runs on in the workers, whatever the driver's runs on: the same model, trained in step on each. JAX
+        comes with the extra ``jax``, PyTorch with the extra ``torch``; both take numbers only, and no strings. The
+        fitted model scores on the same backend, unless its own `backend` is set.
+    modelParallel : dict, optional
+        With ``backend="jax"``, how a model that is too large for one worker is cut over all of them: ``{"mesh":
+        {"data": 1, "model": 2}, "layout": {".*kernel": [None, "model"]}}`` names axes with the number of workers along
+        each, their product `numWorkers`, and for patterns that the paths of variables match as a whole the axis that
+        each dimension is cut along, or None. Workers take different rows along the axis ``data`` and compute the
+        same ones together along others. Without checkpoints: what a failure ends is begun again.
     parameterServers : {0, 1}, default 0
         With 1 training is asynchronous: one more Spark task holds the weights and applies the optimizer to each
         worker's gradients as they come. Workers do not wait for each other, and one whose process is killed is
@@ -221,6 +237,8 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         storeUrl: str | None = None,
         cache: str = "auto",
         collective: str = "auto",
+        backend: str = "tensorflow",
+        modelParallel: dict[str, Any] | None = None,
         parameterServers: int = 0,
         useGpu: bool | None = None,
         timeout: float = 600.0,
@@ -275,6 +293,8 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         storeUrl: str | None = None,
         cache: str = "auto",
         collective: str = "auto",
+        backend: str = "tensorflow",
+        modelParallel: dict[str, Any] | None = None,
         parameterServers: int = 0,
         useGpu: bool | None = None,
         timeout: float = 600.0,
@@ -292,7 +312,17 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
     def _servers(self) -> int:
         return self.getParameterServers()
 
+    def _environment(self) -> dict[str, str]:
+        return backends.environment(self.getBackend())
+
+    def _spec(self, schema: StructType, schedule: Schedule) -> Spec:
+        if self.getBackend() != "tensorflow":
+            check_numbers(self.getBackend(), self.inputTensors(schema))
+        return super()._spec(schema, schedule)
+
     def _check(self) -> None:
+        self.checkBackend()
+        self.checkModelParallel()
         self.checkParameterServers()
         self._checkSettings()
         check_network(self._ifGiven("model"), self._ifGiven("initialModel"), self.getModelParams(), "keras.Model")
@@ -348,7 +378,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         if instance:
             with TemporaryDirectory(prefix="spark_nn-") as folder:
                 local = Path(folder) / MODEL
-                model.save(local)
+                codec.save(model, local)
                 # Where the loss is given anew, the one that it was compiled with is not needed.
                 codec.check_saved(local, "the model", self._known, compiled=not self.isDefined("loss"))
                 run.put(local, MODEL)
@@ -370,7 +400,10 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
             collective=self.getCollective(),  # type: ignore[arg-type]
             outputs=self.outputChoice(),
             customs=Customs.of(self._given(), registered()),
+            backend=self.getBackend(),  # type: ignore[arg-type]
         )
+        if self.isDefined("modelParallel"):
+            return ShardedTrainer(schedule, recipe, Sharding.of(self.getModelParallel()))
         return (ParameterTrainer if self.getParameterServers() else KerasTrainer)(schedule, recipe)
 
     def _newModel(self) -> KerasModel:
@@ -389,7 +422,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         files = {}
         if self._hasInstance():
             file = ModelFile(codec.SUFFIX)
-            self.getModel().save(file.path)
+            codec.save(self.getModel(), file.path)
             codec.check_saved(file.path, "the model", self._known, compiled=True)
             files[_MODEL_FILE] = file.sealed()
         if self.isDefined("initialModel"):

@@ -1,6 +1,6 @@
 """Executor side of an evaluation: a compiled Keras model that counts what its loss and metrics need.
 
-The driver imports this module to name the loader, and to see whether a model's file is compiled; Keras and TensorFlow
+The driver imports this module to name the loader, and to see whether a model's file is compiled; Keras and its backend
 are imported only on the executor.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from spark_nn.columns import Arrays
 from spark_nn.errors import ModelFileError
-from spark_nn.keras import codec, predict
+from spark_nn.keras import backends, codec, predict
 from spark_nn.keras.customs import Find
 from spark_nn.keras.describe import by_name, other_reduction
 from spark_nn.scoring.batches import slices
@@ -43,7 +43,7 @@ def check_compiled(file: Path) -> None:
         raise ModelFileError(f"the model is not compiled, so there is no loss to evaluate: {_CURE}")
 
 
-def load_measure(path: str, share: Share, find: Find = codec.nothing) -> KerasMeasure:
+def load_measure(path: str, share: Share, backend: str = "tensorflow", find: Find = codec.nothing) -> KerasMeasure:
     """The measure of a ``.keras`` file.
 
     Parameters
@@ -52,6 +52,8 @@ def load_measure(path: str, share: Share, find: Find = codec.nothing) -> KerasMe
         A local file.
     share : Share
         What it may use of the machine.
+    backend : {"tensorflow", "jax", "torch"}
+        What to run it on, where Keras is not there yet.
     find : callable
         Finds custom objects by their names.
 
@@ -60,11 +62,11 @@ def load_measure(path: str, share: Share, find: Find = codec.nothing) -> KerasMe
     ModelFileError
         The file does not hold the loss or a metric, or the loss is not a mean over rows.
     """
-    device = predict.start_tensorflow(share)
-    import tensorflow as tf
+    device = predict.start(backend, share)
+    import keras
 
     try:
-        with tf.device(device):
+        with keras.device(device):
             model = codec.load_model(path, find, compiled=True)
     except (TypeError, ValueError, ModelFileError) as error:
         raise ModelFileError(
@@ -77,7 +79,7 @@ def load_measure(path: str, share: Share, find: Find = codec.nothing) -> KerasMe
             f"the model's loss {found}, and its value would depend on how the rows are partitioned: use "
             f"'sum_over_batch_size' (Keras's default). For that, {_CURE}"
         )
-    return KerasMeasure(model, device)
+    return KerasMeasure(model, device, backend)
 
 
 class KerasMeasure:
@@ -88,14 +90,17 @@ class KerasMeasure:
     model : keras.Model
         Compiled.
     device : str
-        TensorFlow's name of the device to run it on.
+        Keras's name of the device to run it on.
+    backend : {"tensorflow", "jax", "torch"}
+        The one that was wanted.
     """
 
-    def __init__(self, model: Any, device: str) -> None:
+    def __init__(self, model: Any, device: str, backend: str = "tensorflow") -> None:
         self._model = model
         self._device = device
+        self._wanted = backend
         self._rows = predict.rows_at_once(model)
-        self._graph: Any = None
+        self._step: Any = None
         self._sizes: set[int] = set()
         self._outputs: tuple[str, ...] | None = None
         self._total: np.ndarray | None = None
@@ -108,18 +113,18 @@ class KerasMeasure:
 
     def add(self, inputs: Arrays, labels: Arrays, weights: np.ndarray | None) -> None:
         """Count rows."""
-        import tensorflow as tf
+        import keras
 
         from spark_nn.keras.tally import tally
 
         total = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
-        with tf.device(self._device):
+        with predict.own_backend(self._wanted), keras.device(self._device):
             self._prepare(inputs)
             for rows in slices(total, self._rows):
-                data = [_tensors(inputs, rows), self._ordered(_tensors(labels, rows))]
+                data = [_cut(inputs, rows), self._ordered(_cut(labels, rows))]
                 if weights is not None:
-                    data.append(_tensors(weights, rows))
-                self._step(min(rows.stop, total) - rows.start)(tuple(data))
+                    data.append(_cut(weights, rows))
+                self._step(tuple(data), self._known(min(rows.stop, total) - rows.start))
         # Taken out as doubles, and often: what counts in single precision loses small numbers beside large ones.
         self._take(tally(self._model), 1)
         self._model.reset_metrics()
@@ -167,34 +172,26 @@ class KerasMeasure:
 
     def _prepare(self, inputs: Any) -> None:
         """Find out, when the first rows are there, how the model takes labels."""
-        if self._graph is not None:
+        if self._step is not None:
             return
-        import tensorflow as tf
-
-        put_out = self._model(_tensors(inputs, slice(0, 1)), training=False)
+        backend = backends.current()
+        put_out = self._model(backend.tensors(_cut(inputs, slice(0, 1))), training=False)
         names = tuple(by_name(self._model, put_out))
         if isinstance(put_out, (list, tuple)) and len(names) > 1:
             self._outputs = names
-        # Without autograph, which would leave generated files in the temporary directory.
-        self._graph = tf.function(self._model.test_step, autograph=False)
+        self._step = backend.Step(self._model)
 
-    def _step(self, rows: int) -> Any:
-        """What runs a slice of so many rows.
-
-        A graph is for one number of rows: Keras weights the losses of several outputs by the number that it was built
-        for, and not at all where that is open. A number that has not come before may not come again, and needs none.
-        """
-        known = rows in self._sizes and not self._model.run_eagerly
+    def _known(self, rows: int) -> bool:
+        """Whether so many rows have come before."""
+        known = rows in self._sizes
         self._sizes.add(rows)
-        return self._graph if known else self._model.test_step
+        return known
 
     def _ordered(self, labels: Any) -> Any:
         """Labels as Keras wants them: in the order of the outputs, where the model puts out a list."""
         return labels if self._outputs is None else tuple(labels[name] for name in self._outputs)
 
 
-def _tensors(arrays: Any, rows: slice) -> Any:
-    """Rows of arrays as tensors, those of strings too."""
-    import tensorflow as tf
-
-    return tf.nest.map_structure(lambda array: tf.convert_to_tensor(array[rows]), arrays)
+def _cut(arrays: Any, rows: slice) -> Any:
+    """Rows of arrays."""
+    return {name: array[rows] for name, array in arrays.items()} if isinstance(arrays, dict) else arrays[rows]

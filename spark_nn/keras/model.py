@@ -11,14 +11,14 @@ from spark_nn.errors import ModelFileError
 from spark_nn.export import check_format
 from spark_nn.keras import archive, codec, export, measure, predict, pretrained
 from spark_nn.keras.customs import Customs, registered, require
-from spark_nn.keras.stages import LIBRARIES, HasCustomObjects
+from spark_nn.keras.stages import LIBRARIES, HasBackend, HasCustomObjects, check_numbers
 from spark_nn.model import NeuralModel
 from spark_nn.persistence import ModelFile
 from spark_nn.scoring.evaluation import MeasureLoader
 from spark_nn.scoring.models import Loader
 
 
-class KerasModel(HasCustomObjects, NeuralModel):
+class KerasModel(HasCustomObjects, HasBackend, NeuralModel):
     """A Keras model that scores DataFrames; :class:`KerasEstimator` makes it, or :meth:`fromKeras`.
 
     The formats of :meth:`export` are ``"tf_saved_model"``, a folder for TensorFlow Serving and
@@ -27,6 +27,9 @@ class KerasModel(HasCustomObjects, NeuralModel):
 
     Its file holds no code. Where it consists of classes and functions of your own, `customObjects` names them; they are
     not saved, but given again: ``KerasModel.load(path, customObjects={"MyLayer": MyLayer})``.
+
+    It scores on the backend that it was trained on, and `backend` asks for another: its file does not depend on it. A
+    process holds one backend only, so a Python worker of Spark's that has scored on another goes on with that.
     """
 
     __module__ = "spark_nn"
@@ -83,13 +86,17 @@ class KerasModel(HasCustomObjects, NeuralModel):
         return codec.load_compiled(str(self.fitted.file.path), self._known)
 
     def _loader(self) -> Loader:
-        customs = self._customs(compiled=False)
-        return codec.CustomLoader(predict.load_predictor, customs) if customs != Customs() else predict.load_predictor
+        self._checkBackend()
+        return codec.ModelLoader(predict.load_predictor, self.getBackend(), self._customs(compiled=False))
 
     def _measurer(self) -> MeasureLoader:
         measure.check_compiled(self.fitted.file.path)
-        customs = self._customs(compiled=True)
-        return codec.CustomLoader(measure.load_measure, customs) if customs != Customs() else measure.load_measure
+        self._checkBackend()
+        return codec.ModelLoader(measure.load_measure, self.getBackend(), self._customs(compiled=True))
+
+    def _checkBackend(self) -> None:
+        if self.getBackend() != "tensorflow":
+            check_numbers(self.getBackend(), self.fitted.inputs)
 
     def _exporter(self, format: str) -> Callable[[Path], None]:
         check_format(format, export.FORMATS, export.PACKAGES, export.CURE)

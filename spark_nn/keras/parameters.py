@@ -26,7 +26,7 @@ from spark_nn.gang.collective import Alone
 from spark_nn.gang.context import GangContext, attempt_folder
 from spark_nn.gang.failure import lost_ranks
 from spark_nn.gang.visits import Hall, Visit
-from spark_nn.keras import codec
+from spark_nn.keras import backends, codec
 from spark_nn.keras.describe import describe_outputs
 from spark_nn.keras.draw import draw, learning_rate
 from spark_nn.keras.feed import Feed
@@ -73,7 +73,7 @@ class ParameterTrainer(KerasTrainer):
                 "parameterServers=1 with an optimizer that scales the loss, as under mixed_float16: each worker would "
                 "have a scale of its own; use mixed_bfloat16, or train in step"
             )
-        model.jit_compile = False  # XLA cannot compile a step that talks to other processes
+        backends.current().ready(model)
         outputs = describe_outputs(model, put_out, manifest.role("label"))
         order = tuple(outputs) if isinstance(put_out, (list, tuple)) and len(outputs) > 1 else None
         if gang.rank:
@@ -105,7 +105,7 @@ class ParameterTrainer(KerasTrainer):
         if len(hall.lost) == gang.world - 1:
             raise PeerLost(f"all {gang.world - 1} workers were lost before they had come to the end of their epochs")
         gang.progress.update(phase="publish")
-        file, sha256 = publish(gang, model.save, codec.SUFFIX)
+        file, sha256 = publish(gang, functools.partial(codec.save, model), codec.SUFFIX)
         return Trained(
             file=file,
             sha256=sha256,
@@ -242,9 +242,7 @@ class Worker:
 
     def pushing(self) -> Any:
         """A block in which the optimizer pushes gradients and pulls weights, in place of applying them here."""
-        from spark_nn.keras.sync import _replaced
-
-        return _replaced(self.model.optimizer, "apply", self._apply)
+        return backends.replaced(self.model.optimizer, "apply", self._apply)
 
     def tell(self, epoch: int, logs: dict[str, Any], rows: int) -> None:
         """Tell rank 0 what an epoch has come to, and what layers have tracked on their own rows."""

@@ -7,11 +7,12 @@ from typing import Any, TypeVar, cast
 
 from pyspark.ml.param import Param
 
-from spark_nn.converters import choice, loss_weights, param
+from spark_nn.converters import choice, loss_weights, param, plain_dict
 from spark_nn.errors import ParamError
 from spark_nn.keras import codec
 from spark_nn.keras.model import KerasModel
-from spark_nn.keras.stages import HasCustomObjects
+from spark_nn.keras.sharding import Sharding
+from spark_nn.keras.stages import HasBackend, HasCustomObjects
 from spark_nn.network import NetworkParams, fitted
 
 E = TypeVar("E", bound="KerasParams")
@@ -72,7 +73,7 @@ def _callbacks(value: Any) -> Any:
     return list(value)
 
 
-class KerasParams(HasCustomObjects, NetworkParams):
+class KerasParams(HasCustomObjects, HasBackend, NetworkParams):
     """What to train, and how."""
 
     model: Param[Any] = param(
@@ -118,6 +119,14 @@ class KerasParams(HasCustomObjects, NetworkParams):
         _callbacks,
     )
 
+    modelParallel: Param[dict[str, Any]] = param(
+        "modelParallel",
+        "With backend='jax', how the model is cut over the workers where it is too large for one: a dict of a mesh, "
+        "which gives axes and how many workers there are along each, and a layout, which gives for patterns of the "
+        "variables' paths the axis that each dimension is cut along, or None, such as {'mesh': {'data': 1, 'model': "
+        "2}, 'layout': {'.*kernel': [None, 'model']}}. Workers take different rows along the axis 'data'.",
+        plain_dict("modelParallel"),
+    )
     parameterServers: Param[int] = param(
         "parameterServers",
         "1 for asynchronous training: one more Spark task holds the weights and applies the optimizer to each worker's "
@@ -136,6 +145,66 @@ class KerasParams(HasCustomObjects, NetworkParams):
     def setParameterServers(self: E, value: int) -> E:
         """Set :py:attr:`parameterServers`."""
         return self._set(parameterServers=value)
+
+    def getModelParallel(self) -> dict[str, Any]:
+        """Get :py:attr:`modelParallel`."""
+        return self.getOrDefault(self.modelParallel)
+
+    def setModelParallel(self: E, value: dict[str, Any]) -> E:
+        """Set :py:attr:`modelParallel`."""
+        return self._set(modelParallel=value)
+
+    def checkModelParallel(self) -> None:
+        """Refuse a model that cannot be cut so, and what such a training could not honour.
+
+        Raises
+        ------
+        ParamError
+            The mesh does not fit the workers, the layout not the mesh, or another param not this one.
+        """
+        if not self.isDefined("modelParallel"):
+            return
+        sharding = Sharding.of(self.getModelParallel())
+        if self.getBackend() != "jax":
+            raise ParamError(
+                f"modelParallel with backend={self.getBackend()!r}: only JAX computes models that are cut; set "
+                "backend='jax'"
+            )
+        sharding.check(self.getOrDefault("numWorkers"), self.getOrDefault("batchSize"))
+        reasons = {
+            "collective": "the ranks exchange by JAX's own collectives",
+            "checkpointInterval": "no checkpoints are written: after a failure training begins again",
+        }
+        if sharding.replicas > 1:
+            several = "the axis 'data' is longer than 1, and validation rows may not divide: use the model's evaluate"
+            reasons |= {"validationIndicatorCol": several, "validationFraction": several}
+        for name, reason in reasons.items():
+            if self.isSet(name) and self.getOrDefault(name) not in ("auto", "", 0, -1):
+                raise ParamError(
+                    f"{name}={self.getOrDefault(name)!r} with modelParallel: {reason}; leave one of them out"
+                )
+
+    def checkBackend(self) -> None:
+        """Refuse what only another backend can do.
+
+        Raises
+        ------
+        ParamError
+            A param is set that this one could not honour.
+        """
+        backend = self.getBackend()
+        if backend == "tensorflow":
+            return
+        if self.getOrDefault("collective") == "native":
+            raise ParamError(
+                f"collective='native' with backend={backend!r}: these are TensorFlow's collective operations; use "
+                "'ring' or 'auto', or backend='tensorflow'"
+            )
+        if self.getParameterServers():
+            raise ParamError(
+                f"parameterServers={self.getParameterServers()} with backend={backend!r}: asynchronous training needs "
+                "backend='tensorflow'; or train in step, with parameterServers=0"
+            )
 
     def checkParameterServers(self) -> None:
         """Refuse what only training in step can do.

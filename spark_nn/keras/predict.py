@@ -1,6 +1,6 @@
-"""Executor side of scoring: a Keras model on TensorFlow that predicts.
+"""Executor side of scoring: a Keras model that predicts.
 
-The driver imports this module to name the loader; Keras and TensorFlow are imported only on the executor.
+The driver imports this module to name the loader; Keras and its backend are imported only on the executor.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from spark_nn.columns import Arrays
-from spark_nn.errors import SparkNNError
-from spark_nn.keras import codec
+from spark_nn.errors import ModelFileError
+from spark_nn.keras import backends, codec
 from spark_nn.keras.customs import Find
-from spark_nn.keras.describe import by_name
 from spark_nn.scoring.batches import rows_for
 from spark_nn.share import Share
 
@@ -37,48 +36,53 @@ def _stderr_muted() -> Iterator[None]:
         os.close(kept)
 
 
-def start_tensorflow(share: Share) -> str:
-    """Import Keras on TensorFlow, quietly, for a task's share of the machine; return TensorFlow's name of its device.
+def start(backend: str, share: Share) -> str:
+    """Import Keras, quietly, for a task's share of the machine; return its name of the device to use.
 
-    Of GPUs all are seen that this process may see, and their memory is taken as it is needed: Spark hands a Python
-    worker from task to task, and each of these has a GPU of its own. Where tasks have none, none is seen.
+    A process holds one backend, and Spark hands a Python worker from job to job. Where Keras is there already, its
+    backend is used: a model's file does not depend on it.
+
+    Parameters
+    ----------
+    backend : {"tensorflow", "jax", "torch"}
+        The one that is wanted.
+    share : Share
+        What the task may use of the machine.
 
     Raises
     ------
-    SparkNNError
-        The process has imported Keras on another backend before.
+    ClusterError
+        The backend is not installed here.
     """
-    if "keras" not in sys.modules:
-        # The model's file does not depend on the backend, but what runs it here does.
-        os.environ["KERAS_BACKEND"] = "tensorflow"
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        with _stderr_muted():
-            import tensorflow as tf
+    if "keras" in sys.modules:
+        return str(backends.current().start(share))
+    os.environ.update(backends.environment(backend))
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    with _stderr_muted():
+        return str(backends.room(backend).start(share))
 
-            tf.config.list_physical_devices()
+
+@contextlib.contextmanager
+def own_backend(wanted: str) -> Iterator[None]:
+    """Say what an error in the block may come of where Keras does not run on the backend that was wanted.
+
+    Raises
+    ------
+    ModelFileError
+        An error was raised, on another backend.
+    """
     import keras
-    import tensorflow as tf
 
-    if keras.backend.backend() != "tensorflow":
-        raise SparkNNError(
-            f"this Python worker has imported Keras on {keras.backend.backend()} before, and scoring needs it on "
-            "tensorflow: set KERAS_BACKEND=tensorflow for the executors (spark.executorEnv.KERAS_BACKEND)"
-        )
-    cards = tf.config.list_physical_devices("GPU")
-    # TensorFlow takes these once per process: a worker that scores again keeps the first ones.
-    with contextlib.suppress(RuntimeError):
-        tf.config.threading.set_intra_op_parallelism_threads(share.cpus)
-        tf.config.threading.set_inter_op_parallelism_threads(share.cpus)
-        if share.gpu is None:
-            tf.config.set_visible_devices([], "GPU")
-        for card in cards:
-            tf.config.experimental.set_memory_growth(card, True)
-    return _device(share, len(tf.config.get_visible_devices("GPU")))
-
-
-def _device(share: Share, cards: int) -> str:
-    """The task's GPU, or the CPU where it has none or TensorFlow, which can use so many, cannot."""
-    return f"/GPU:{share.card(cards)}" if share.gpu is not None and cards else "/CPU:0"
+    try:
+        yield
+    except Exception as error:
+        if (found := keras.backend.backend()) == wanted:
+            raise
+        raise ModelFileError(
+            f"the model wants backend={wanted!r}, and this Python worker had imported Keras on {found!r} before, where "
+            f"the model does not run: {type(error).__name__}: {error}. Score models of different backends in sessions "
+            "of their own, or set spark.python.worker.reuse=false"
+        ) from error
 
 
 def rows_at_once(model: Any) -> int:
@@ -86,7 +90,7 @@ def rows_at_once(model: Any) -> int:
     return rows_for(max((_elements(tensor) for tensor in _tensors(model)), default=1))
 
 
-def load_predictor(path: str, share: Share, find: Find = codec.nothing) -> KerasPredictor:
+def load_predictor(path: str, share: Share, backend: str = "tensorflow", find: Find = codec.nothing) -> KerasPredictor:
     """The predictor of a ``.keras`` file.
 
     Parameters
@@ -94,26 +98,30 @@ def load_predictor(path: str, share: Share, find: Find = codec.nothing) -> Keras
     path : str
         A local file.
     share : Share
-        What it may use of the machine: TensorFlow gets as many threads as the task has cores.
+        What it may use of the machine: the backend gets as many threads as the task has cores.
+    backend : {"tensorflow", "jax", "torch"}
+        What to run it on, where Keras is not there yet.
     find : callable
         Finds custom objects by their names.
     """
-    device = start_tensorflow(share)
-    import tensorflow as tf
+    device = start(backend, share)
+    import keras
 
-    with tf.device(device):
-        return KerasPredictor(codec.load_model(path, find), device)
+    with own_backend(backend), keras.device(device):
+        return KerasPredictor(codec.load_model(path, find), device, backend)
 
 
 class KerasPredictor:
-    """Predicts blocks of rows by one graph, whatever number of rows a block has.
+    """Predicts blocks of rows, whatever number of rows a block has.
 
     Parameters
     ----------
     model : keras.Model
         The model.
     device : str
-        TensorFlow's name of the device to run it on.
+        Keras's name of the device to run it on.
+    backend : {"tensorflow", "jax", "torch"}
+        The one that was wanted.
 
     Attributes
     ----------
@@ -121,45 +129,33 @@ class KerasPredictor:
         Rows that go through it at once with good speed and little memory.
     """
 
-    def __init__(self, model: Any, device: str) -> None:
-        import tensorflow as tf
-
+    def __init__(self, model: Any, device: str, backend: str = "tensorflow") -> None:
         self.rows = rows_at_once(model)
-        self._device = device
+        self._wanted = backend
         # A model's Input may name a batch size. Few mean it: what was built by calling it has that of the call.
         self._named = next((int(each.shape[0]) for each in getattr(model, "inputs", None) or () if each.shape[0]), None)
         self._fixed: int | None = None
-        self._graphs: dict[Any, Any] = {}
-
-        # Without autograph, which would leave generated files in the temporary directory: Keras layers need none.
-        @tf.function(autograph=False)  # type: ignore[untyped-decorator]
-        def forward(block: Any) -> Any:
-            return by_name(model, model(block, training=False))
-
-        self._forward = forward
+        self._forward = backends.current().Forward(model, device)
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Predict a block of rows."""
-        if self._named is None or self._fixed is not None:
-            return self._predict(inputs)
-        try:
-            return self._predict(inputs)
-        except Exception:  # noqa: BLE001  (whatever comes of another number of rows; if it was not that, it comes again)
-            self._fixed = self._named
-            return self._predict(inputs)
+        with own_backend(self._wanted):
+            if self._named is None or self._fixed is not None:
+                return self._predict(inputs)
+            try:
+                return self._predict(inputs)
+            except Exception:  # noqa: BLE001  (whatever comes of another number of rows; else it comes again)
+                self._fixed = self._named
+                return self._predict(inputs)
 
     def _predict(self, inputs: Arrays) -> Arrays:
-        import tensorflow as tf
-
         named = isinstance(inputs, dict)
         arrays: dict[str, np.ndarray] = inputs if isinstance(inputs, dict) else {"": inputs}
         total = len(next(iter(arrays.values())))
-        pieces = []
-        with tf.device(self._device):
-            for start in range(0, total, self._fixed or total):
-                part = {name: tf.convert_to_tensor(self._cut(array, start)) for name, array in arrays.items()}
-                found = self._graph(part, named)(part if named else part[""])
-                pieces.append({name: tensor.numpy() for name, tensor in found.items()})
+        pieces: list[dict[str, np.ndarray]] = []
+        for start in range(0, total, self._fixed or total):
+            part = {name: self._cut(array, start) for name, array in arrays.items()}
+            pieces.append(self._forward(part, named, self._fixed))
         outputs = {name: np.concatenate([each[name] for each in pieces])[:total] for name in pieces[0]}
         return outputs.get("", outputs)
 
@@ -169,16 +165,6 @@ class KerasPredictor:
             return array
         part = array[start : start + self._fixed]
         return np.concatenate([part, np.repeat(part[-1:], self._fixed - len(part), axis=0)])
-
-    def _graph(self, part: dict[str, Any], named: bool) -> Any:
-        """The graph for inputs of such shapes and kinds, of any number of rows: a number is no reason to trace."""
-        import tensorflow as tf
-
-        specs = {name: tf.TensorSpec((self._fixed, *each.shape[1:]), each.dtype) for name, each in part.items()}
-        key = tuple(specs.items())
-        if key not in self._graphs:
-            self._graphs[key] = self._forward.get_concrete_function(specs if named else specs[""])
-        return self._graphs[key]
 
 
 def _tensors(model: Any) -> Iterator[Any]:

@@ -48,7 +48,7 @@ def describe(model: Any, columns: dict[str, tuple[str, list[str]]], find: Find) 
     for name, output in by_name(model, put_out).items():
         _fixed(f"output {name!r}" if name else "output", output)
     file = ModelFile(codec.SUFFIX)
-    model.save(file.path)
+    codec.save(model, file.path)
     codec.check_saved(file.path, "the model", find, compiled=False)
     outputs = {name: Output.fromDict(output) for name, output in describe_model(model, put_out).items()}
     return Fitted(file.sealed(), tensors, outputs, None)

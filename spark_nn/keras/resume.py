@@ -84,8 +84,7 @@ class Keeper(keras.callbacks.Callback):  # type: ignore[misc]
         self._assign(self.restored.own)
         if self.place.step:
             # Keras makes a metric's variables when it meets the first batch.
-            for batch in feed.dataset(self.place.step).take(1):
-                self.network.test_on_batch(*batch)
+            self.network.test_on_batch(*feed.first(self.place.step))
         self.settled = [_array(variable) for variable in self._variables()]
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -134,6 +133,7 @@ class Keeper(keras.callbacks.Callback):  # type: ignore[misc]
             self._save(self.place)
 
     def _save(self, place: Place) -> None:
+        self.model  # noqa: B018  (JAX's state is brought back into the variables where a callback asks for its model)
         own = _random()
         described = []
         for number, callback in enumerate(self.kept):

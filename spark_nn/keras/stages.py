@@ -1,20 +1,24 @@
-"""What the estimator and the model share: the custom objects that they are given, and what they let in when loaded."""
+"""What the estimator and the model share: backend and custom objects, and what they let in when they are loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pyspark.ml.param import Param, Params
 
 from spark_nn.allowed import allowed_modules, from_allowed, within
-from spark_nn.converters import param
+from spark_nn.columns import Tensor
+from spark_nn.converters import choice, param
+from spark_nn.errors import ColumnError
 from spark_nn.keras import archive
+from spark_nn.keras.backends import BACKENDS
 from spark_nn.keras.customs import by_names, registered, require
 from spark_nn.persistence import ModelFile, StageReader, import_path
 from spark_nn.stage import Stage
 
 C = TypeVar("C", bound="HasCustomObjects")
+B = TypeVar("B", bound="HasBackend")
 # Distributions whose versions are noted in what is saved.
 LIBRARIES = (*Stage.libraries, "keras", "tensorflow")
 
@@ -30,6 +34,45 @@ def _custom_objects(value: Any) -> dict[str, Any]:
                 f"{each!r}"
             )
     return dict(value)
+
+
+class HasBackend(Params):
+    """A stage whose Keras runs on one of several backends."""
+
+    backend: Param[str] = param(
+        "backend",
+        "What Keras runs on in the workers: 'tensorflow', 'jax' (with the extra jax) or 'torch' (with the extra "
+        "torch). A fitted model scores on that of its estimator, unless it is set.",
+        choice("backend", BACKENDS),
+    )
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._setDefault(backend="tensorflow")
+
+    def getBackend(self) -> str:
+        """Get :py:attr:`backend`."""
+        return self.getOrDefault(self.backend)
+
+    def setBackend(self: B, value: str) -> B:
+        """Set :py:attr:`backend`."""
+        return self._set(backend=value)
+
+
+def check_numbers(backend: str, tensors: Sequence[Tensor]) -> None:
+    """Refuse inputs that only TensorFlow takes.
+
+    Raises
+    ------
+    ColumnError
+        One of them holds strings.
+    """
+    for tensor in tensors:
+        if not tensor.numeric:
+            raise ColumnError(
+                f"column {tensor.columns[0]!r} holds {tensor.dtype} values, and with backend={backend!r} a model takes "
+                "numbers only: turn them into numbers before, as with StringIndexer, or set backend='tensorflow'"
+            )
 
 
 class HasCustomObjects(Params):

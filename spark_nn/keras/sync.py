@@ -11,24 +11,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from spark_nn.chance import STRIDE, random_numbers_kept
 from spark_nn.gang.collective import Collective
-from spark_nn.keras.gradients import Averager
+from spark_nn.keras import backends
 from spark_nn.keras.tally import array_of, plain, results, settle, tally
-from spark_nn.trainer import non_finite
 
 # The values of metrics: over this rank's rows, and over those of all ranks.
 Measured = tuple[dict[str, Any], dict[str, Any]]
-# Seconds between two looks at what a GPU has noted: each look waits until it has done all its work.
-_LOOK_EVERY = 1.0
 
 
 class Synchroniser:
@@ -58,16 +53,17 @@ class Synchroniser:
         model: keras.Model,
         collective: Collective,
         rank: int,
-        averager: Averager | None = None,
+        averager: Any = None,
         *,
         nonFinite: Literal["error", "ignore"] = "ignore",
     ) -> None:
         self.model = model
         self.collective = collective
         self.rank = rank
-        self.averager = averager or Averager(collective)
+        self._backend = backends.current()
+        self.averager = averager or self._backend.Averager(collective)
         self.first_step = 0
-        self._watch = _Watch(collective.world) if nonFinite == "error" else None
+        self._watch = self._backend.Watch(collective.world) if nonFinite == "error" else None
 
     def start_alike(self) -> None:
         """Give every rank rank 0's weights and optimizer state, and random numbers of its own."""
@@ -107,34 +103,15 @@ class Synchroniser:
         if self.collective.world == 1 and watch is None:
             yield
             return
+        averager = self.averager if self.collective.world > 1 else None
         with contextlib.ExitStack() as block:
-            for optimizer in optimizers(model):
-                if self.collective.world > 1:
-                    block.enter_context(_replaced(optimizer, "apply", self._averaged(optimizer)))
-                if watch is not None:
-                    block.enter_context(_replaced(optimizer, "scale_loss", watch.seen(optimizer)))
-            if watch is not None:
-                block.enter_context(_replaced(model, "train_step", watch.counted(model)))
+            for owner, name, method in self._backend.methods(optimizers(model), model, averager, watch):
+                block.enter_context(backends.replaced(owner, name, method))
             # A step that was traced outside the block averages nothing, and one traced within still would.
             block.callback(setattr, model, "train_function", None)
             model.train_function = None
             block.enter_context(self.averager.guarded())
             yield
-
-    def _averaged(self, optimizer: Any) -> Callable[..., Any]:
-        """The optimizer's ``apply``, on gradients of the global batch."""
-        original, watch = optimizer.apply, self._watch
-
-        def apply(grads: Sequence[Any], trainable_variables: Any = None) -> Any:
-            given = list(grads)
-            if watch is None:
-                return original(self.averager.average(given), trainable_variables)
-            # The news travels with the gradients, so that all ranks know it at the same step.
-            *given, bad = self.averager.average([*given, tf.identity(watch.own)])
-            watch.bad.assign_add(bad)
-            return original(given, trainable_variables)
-
-        return apply
 
     def callback(self) -> keras.callbacks.Callback:
         """The callback that makes metrics and moving statistics global; it must come first."""
@@ -235,7 +212,7 @@ class _Global(keras.callbacks.Callback):  # type: ignore[misc]
 class _Watching(_Global):
     """Stops the fit at a loss that is not finite, too."""
 
-    def __init__(self, sync: Synchroniser, watch: _Watch) -> None:
+    def __init__(self, sync: Synchroniser, watch: Any) -> None:
         super().__init__(sync)
         self.watch = watch
         self.epoch = 0
@@ -244,7 +221,7 @@ class _Watching(_Global):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         super().on_epoch_begin(epoch, logs)
         self.epoch = epoch
-        self.watch.good.assign(self.first_step)
+        self.watch.begin(self.first_step)
         self.first_step = 0
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -254,79 +231,6 @@ class _Watching(_Global):
     def end_training(self) -> Measured:
         self.watch.look(self.epoch, self.sync.model)
         return super().end_training()
-
-
-class _Watch:
-    """Counts the steps of an epoch up to the first whose loss is not finite.
-
-    It does so in the step's own graph, because Python sees an execution of several steps only when all are over.
-    """
-
-    def __init__(self, world: int) -> None:
-        self.good = tf.Variable(0, trainable=False, dtype=tf.int64)  # the steps before
-        self.bad = tf.Variable(0.0, trainable=False)  # above 0 from the bad step on
-        # The same of this rank alone; it becomes known to all with the gradients.
-        self.own = self.bad if world == 1 else tf.Variable(0.0, trainable=False)
-        self.rate = tf.Variable(np.nan, trainable=False, dtype=tf.float32)  # what a schedule gave the bad step
-        self.far = "GPU" in self.bad.device
-        self.scaled = False
-        self.looked = 0.0
-
-    def counted(self, model: keras.Model) -> Callable[..., Any]:
-        """The model's ``train_step``, counted; where it does not scale the loss, the loss that it logs is watched."""
-        original = model.train_step
-
-        def train_step(*args: Any, **kwargs: Any) -> Any:
-            rate = _rate(model.optimizer)
-            if isinstance(rate, tf.Tensor):
-                self.rate.assign(tf.where(self.bad > 0, self.rate, tf.cast(rate, tf.float32)))
-            self.scaled = False
-            logs = original(*args, **kwargs)
-            loss = logs.get("loss") if isinstance(logs, dict) else None
-            if loss is not None and not self.scaled:
-                self.bad.assign_add(_not_finite(loss))
-            self.good.assign_add(tf.cast(tf.equal(self.bad, 0), tf.int64))
-            return logs
-
-        return train_step
-
-    def seen(self, optimizer: Any) -> Callable[[Any], Any]:
-        """The optimizer's ``scale_loss``, which every step passes its loss through before it is scaled."""
-        original = optimizer.scale_loss
-
-        def scale_loss(loss: Any) -> Any:
-            self.scaled = True
-            self.own.assign_add(_not_finite(loss))
-            return original(loss)
-
-        return scale_loss
-
-    def due(self) -> bool:
-        """Whether it is time to look."""
-        return not self.far or time.monotonic() >= self.looked + _LOOK_EVERY
-
-    def look(self, epoch: int, model: keras.Model) -> None:
-        """Raise `NonFiniteLoss` if a step of this epoch was bad."""
-        self.looked = time.monotonic()
-        if not self.bad.numpy():
-            return
-        rate = _rate(model.optimizer)
-        rate = float(self.rate.numpy() if isinstance(rate, tf.Tensor) else rate)
-        raise non_finite(epoch, int(self.good.numpy()), rate, "clipnorm of the optimizer")
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Give an object a method of its own for the time of the block."""
-    attributes = vars(owner)  # not by setattr, which Keras overrides
-    before = attributes.get(name)
-    attributes[name] = method
-    try:
-        yield
-    finally:
-        del attributes[name]
-        if before is not None:
-            attributes[name] = before
 
 
 def optimizers(model: keras.Model) -> list[Any]:
@@ -347,16 +251,6 @@ def optimizers(model: keras.Model) -> list[Any]:
 def _layers(layer: Any) -> list[Any]:
     inner = layer.layers if isinstance(layer, keras.Model) else []
     return [layer, *(found for each in inner for found in _layers(each))]
-
-
-def _rate(optimizer: Any) -> Any:
-    """The learning rate: a variable, or a tensor that a schedule gave; NaN for an optimizer made of several."""
-    return getattr(optimizer, "learning_rate", np.nan)
-
-
-def _not_finite(loss: Any) -> Any:
-    """1 if it is, else 0."""
-    return 1.0 - tf.cast(tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(loss))), tf.float32)
 
 
 def _digest(variables: Sequence[Any]) -> bytes:

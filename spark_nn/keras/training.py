@@ -1,17 +1,18 @@
 """Worker side of a Keras fit: build, compile, train in step, publish.
 
-The driver imports this module to describe the training; Keras and TensorFlow are imported only on the worker.
+The driver imports this module to describe the training; Keras and its backend are imported only on the worker.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from spark_nn.chance import random_numbers_kept
 from spark_nn.checkpoint import Checkpoints, Place
@@ -20,8 +21,10 @@ from spark_nn.dataset import petastorm_compat
 from spark_nn.dataset.manifest import Manifest
 from spark_nn.dataset.stream import Stream
 from spark_nn.errors import ParamError
+from spark_nn.gang.collective import Engine
 from spark_nn.gang.context import GangContext
-from spark_nn.keras import codec
+from spark_nn.keras import backends, codec
+from spark_nn.keras.backends import Backend
 from spark_nn.keras.customs import Customs
 from spark_nn.keras.describe import describe_outputs, other_reduction
 from spark_nn.keras.draw import draw
@@ -63,6 +66,8 @@ class Recipe:
         What the user says of the outputs.
     customs : Customs
         What the model consists of besides Keras's own parts.
+    backend : {"tensorflow", "jax", "torch"}
+        What Keras runs on.
     """
 
     function: Callable[..., Any] | None
@@ -75,9 +80,10 @@ class Recipe:
     metrics: Any
     learningRate: float | None
     callbacks: Any
-    collective: Literal["auto", "ring", "native"] = "auto"
+    collective: Engine = "auto"
     outputs: Choice = field(default_factory=Choice)
     customs: Customs = field(default_factory=Customs)
+    backend: Backend = "tensorflow"
 
 
 class KerasTrainer(Trainer):
@@ -91,8 +97,6 @@ class KerasTrainer(Trainer):
         What to train.
     """
 
-    # Whatever the machine prefers: the gradients are averaged inside TensorFlow's graph.
-    environment: ClassVar[dict[str, str]] = {"KERAS_BACKEND": "tensorflow"}
     preload: ClassVar[tuple[str, ...]] = ("spark_nn.keras.training:prepare",)
 
     def __init__(self, schedule: Schedule, recipe: Recipe) -> None:
@@ -110,16 +114,16 @@ class KerasTrainer(Trainer):
         """Train in step with the other ranks and publish the model from rank 0."""
         clock = [time.monotonic()]
         gang.progress.update(phase="import")
+        room = backends.room(self.recipe.backend)
         import keras
 
-        from spark_nn.keras import native
         from spark_nn.keras.callbacks import Reporting, Session, chosen
         from spark_nn.keras.resume import Keeper
         from spark_nn.keras.sync import Synchroniser
 
         clock.append(time.monotonic())
         gang.progress.update(phase="build")
-        averager = native.averager(self.recipe.collective, gang.collective, gang.host, gang.timeout)
+        averager = room.averager(self.recipe.collective, gang.collective, gang.host, gang.timeout)
         keras.utils.set_random_seed(self.schedule.seed % 2**32)
         example = Feed(data).example()
         model, put_out = self._build(gang, example, manifest.role("features"))
@@ -138,7 +142,7 @@ class KerasTrainer(Trainer):
             if gang.rank == 0:
                 codec.check_loadable(model, self.recipe.customs)
         own, watched = chosen(self.recipe.callbacks, gang, validation is not None)
-        if not watched:
+        if not watched and room.TOGETHER:
             self._pace(model, data.steps, gang.world)
         sync = Synchroniser(model, gang.collective, gang.rank, averager, nonFinite=self.schedule.nonFiniteLoss)
         keeper = Keeper(model, gang, checkpoints, own, self.schedule.epochs, data.steps)
@@ -177,7 +181,7 @@ class KerasTrainer(Trainer):
         check_digests(gang, sync.digest())
         clock.append(time.monotonic())
         gang.progress.update(phase="publish")
-        file, sha256 = publish(gang, model.save, codec.SUFFIX) if gang.rank == 0 else ("", "")
+        file, sha256 = publish(gang, functools.partial(codec.save, model), codec.SUFFIX) if gang.rank == 0 else ("", "")
         return report.trained(file, sha256, outputs, clock)
 
     def _build(self, gang: GangContext, example: Any, inputs: Sequence[Tensor]) -> tuple[Any, Any]:
@@ -189,8 +193,12 @@ class KerasTrainer(Trainer):
                 raise ParamError(f"the function given as model returned {model!r}, not a keras.Model")
         else:
             model = _fetched(gang, MODEL if recipe.instance else INITIAL_MODEL, recipe.customs)
+        return model, self._put_out(model, example, inputs)
+
+    def _put_out(self, model: Any, example: Any, inputs: Sequence[Tensor]) -> Any:
+        """What the model puts out for an example; to call it builds what is not built yet."""
         try:
-            return model, model(example, training=False)  # which builds what is not built yet
+            return model(example, training=False)
         except Exception as error:
             raise misfit(inputs, "each of the model's inputs as the model does", error) from error
 
@@ -216,7 +224,7 @@ class KerasTrainer(Trainer):
             settings.setdefault("optimizer", "rmsprop")  # Keras's own default
             model.compile(**settings)
         if world > 1:
-            model.jit_compile = False  # XLA cannot compile a step that talks to other processes
+            backends.current().ready(model)
             _check_reduction(model.loss)
         if recipe.learningRate is not None:
             model.optimizer.learning_rate = recipe.learningRate
@@ -232,8 +240,8 @@ class KerasTrainer(Trainer):
 
 
 def prepare() -> None:
-    """Import what every training needs, without starting any of it."""
-    import tensorflow  # noqa: F401
+    """Import what every training on this process's backend needs, without starting any of it."""
+    backends.room(os.environ["KERAS_BACKEND"]).prepare()
 
     import spark_nn.keras.callbacks
     import spark_nn.keras.resume
@@ -270,7 +278,8 @@ def _take_weights(model: Any, before: Any) -> None:
                 f"the weight {path} of the network of the param model has shape {shape}, and initialModel's {given}: "
                 "both must have the same layers; or leave model out"
             )
-    model.set_weights(before.get_weights())
+    for variable, value in zip(model.weights, before.weights, strict=True):
+        variable.assign(value)
 
 
 def _take_optimizer(model: Any, before: Any) -> None:

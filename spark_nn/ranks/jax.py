@@ -42,6 +42,34 @@ def opened(context: RankContext, port: Port) -> None:
 def initialize(context: RankContext, options: dict[str, Any]) -> None:
     """Form the cluster of processes."""
     import jax
+
+    join(context.coordinator, context.host, context.world, context.rank, context.timeout, **options)
+    # Who leaves without a word takes the others' processes along.
+    context.atEnd.append(jax.distributed.shutdown)
+
+
+def join(coordinator: str, host: str, world: int, rank: int, timeout: float, **options: Any) -> None:
+    """Make this process one of JAX's cluster.
+
+    Parameters
+    ----------
+    coordinator : str
+        Where rank 0 serves, as ``host:port``.
+    host : str
+        The address of this machine to be reached at.
+    world, rank : int
+        How many processes there are, and which this is.
+    timeout : float
+        Seconds that a rank waits for anything.
+    **options
+        Of ``jax.distributed.initialize``, in place of these.
+
+    Raises
+    ------
+    ClusterError
+        This version of JAX could not be kept to the address.
+    """
+    import jax
     from jaxlib import _jax
 
     # Gloo would listen where the machine's name leads, which may be another network; JAX passes no address on to it.
@@ -50,18 +78,16 @@ def initialize(context: RankContext, options: dict[str, Any]) -> None:
             f"jaxlib {importlib.metadata.version('jaxlib')} makes Gloo's connections in another way than the versions "
             "known here, and could not be kept to the task's address: use jax 0.10"
         )
-    setattr(_jax, _GLOO, functools.partial(getattr(_jax, _GLOO), hostname=context.host))
+    setattr(_jax, _GLOO, functools.partial(getattr(_jax, _GLOO), hostname=host))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     given = {
-        "coordinator_address": context.coordinator,
-        "num_processes": context.world,
-        "process_id": context.rank,
-        "coordinator_bind_address": context.coordinator,
-        "initialization_timeout": max(1, int(context.timeout)),
-        "heartbeat_timeout_seconds": max(1, int(context.timeout)),
-        "shutdown_timeout_seconds": max(1, int(context.timeout)),
+        "coordinator_address": coordinator,
+        "num_processes": world,
+        "process_id": rank,
+        "coordinator_bind_address": coordinator,
+        "initialization_timeout": max(1, int(timeout)),
+        "heartbeat_timeout_seconds": max(1, int(timeout)),
+        "shutdown_timeout_seconds": max(1, int(timeout)),
         "cluster_detection_method": "deactivate",
     }
     jax.distributed.initialize(**{**given, **options})
-    # Who leaves without a word takes the others' processes along.
-    context.atEnd.append(jax.distributed.shutdown)

@@ -61,7 +61,7 @@ class RankTask:
         """Do this rank's part; what the function returned, as :func:`values.left` describes it."""
         room = _room(self.framework)
         with ExitStack() as stack:
-            host, addresses, port = _introduced(gang)
+            host, addresses, port = introduced(gang)
             stack.enter_context(closing(port))
             context = RankContext(gang, self.cast, self.framework, _seated(host, gang, addresses), self.reading, stack)
             gang.progress.update(phase="setup")
@@ -97,7 +97,7 @@ def _room(framework: Framework) -> ModuleType:
     return importlib.import_module(f"spark_nn.ranks.{framework}")
 
 
-def _introduced(gang: GangContext) -> tuple[str, list[dict[str, Any]], Port]:
+def introduced(gang: GangContext) -> tuple[str, list[dict[str, Any]], Port]:
     """The address to be reached at, those of all ranks with their hosts, and this rank's port."""
     hosts = [each.decode() for each in gang.collective.all_gather(gang.host.encode())]
     # One machine needs no network, and nobody else gets in.

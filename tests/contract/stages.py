@@ -51,6 +51,8 @@ VALUES = {
     "maxRetries": 1,
     "checkpointInterval": 9,
     "collective": "ring",
+    "backend": "jax",
+    "modelParallel": {"mesh": {"data": 1, "model": 3}, "layout": {".*kernel": [None, "model"]}},
     "parameterServers": 1,
     "useGpu": False,
     "stepsPerEpoch": 11,

@@ -1,4 +1,4 @@
-"""A gang without Spark: processes that import TensorFlow once and train many small cases, alone or in step.
+"""A gang without Spark: processes that import Keras once and train many small cases, alone or in step.
 
 Started with ``python -m tests.keras.ranks DESCRIPTOR``; the descriptor is one end of a pipe to the test. The cases
 are functions of `tests.keras.test_sync`, named by the test.
@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 
 ENVIRONMENT = {
-    "KERAS_BACKEND": "tensorflow",
     "CUDA_VISIBLE_DEVICES": "-1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "OMP_NUM_THREADS": "1",
     "TF_NUM_INTRAOP_THREADS": "1",
     "TF_NUM_INTEROP_THREADS": "1",
+    "NPROC": "1",
 }
 BATCH = 12  # what 2 and 3 ranks share evenly, as they do the last, smaller batch
 ROWS = 5 * BATCH + 6
@@ -78,50 +78,62 @@ def share(tree: Any, rank: int, world: int, batch: int = BATCH) -> Any:
 
 def fit(case: Case, collective: Any, rank: int, world: int) -> Outcome:
     """Fit as a worker does; where there is no collective, with plain Keras alone."""
-    import tensorflow as tf
-
+    from spark_nn.keras import backends
     from spark_nn.keras.sync import Synchroniser
-
-    def dataset(parts: tuple[Any, ...]) -> tf.data.Dataset:
-        parts = tuple(part for part in parts if part is not None)
-        return tf.data.Dataset.from_tensor_slices(share(parts, rank, world)).batch(BATCH // world)
+    from spark_nn.keras.tally import array_of
 
     model = case.model
-    settings: dict[str, Any] = {
-        "x": dataset((case.x, case.y, case.weight)),
-        "epochs": case.epochs,
-        "verbose": 0,
-        "validation_data": case.validation and dataset(case.validation),
-    }
+    settings: dict[str, Any] = {"epochs": case.epochs, "verbose": 0, **batches(case, rank, world)}
     if collective is None:
         history = model.fit(**settings, callbacks=case.callbacks).history
     else:
         if world > 1:
-            model.jit_compile = False
+            backends.current().ready(model)
         sync = Synchroniser(model, collective, rank, **case.sync)
         sync.first_step = case.first_step
         sync.start_alike()
         with sync.averaged_gradients():
             history = model.fit(**settings, callbacks=[sync.callback(), *case.callbacks]).history
     return Outcome(
-        weights={weight.path: np.array(weight) for weight in model.weights},
-        optimizer=[np.array(variable) for variable in model.optimizer.variables],
+        weights={weight.path: array_of(weight) for weight in model.weights},
+        optimizer=[array_of(variable) for variable in model.optimizer.variables],
         digest=Synchroniser(model, collective, rank).digest(),
         history=history,
         probe=case.probe and case.probe(model),
     )
 
 
+def batches(case: Case, rank: int, world: int) -> dict[str, Any]:
+    """The rows as ``fit`` takes them on this process's backend."""
+    import keras
+
+    parts = (case.x, case.y, case.weight)
+    if keras.backend.backend() != "tensorflow":
+        x, y, weight = (part if part is None else share(part, rank, world) for part in parts)
+        held = case.validation and tuple(share(case.validation, rank, world))
+        return {
+            **{"x": x, "y": y, "sample_weight": weight, "batch_size": BATCH // world, "shuffle": False},
+            **({} if held is None else {"validation_data": held, "validation_batch_size": BATCH // world}),
+        }
+    import tensorflow as tf
+
+    def dataset(parts: tuple[Any, ...]) -> tf.data.Dataset:
+        parts = tuple(part for part in parts if part is not None)
+        return tf.data.Dataset.from_tensor_slices(share(parts, rank, world)).batch(BATCH // world)
+
+    return {"x": dataset(parts), "validation_data": case.validation and dataset(case.validation)}
+
+
 def build(name: str, arguments: dict[str, Any]) -> Case:
     """The case, the same on every rank."""
     import keras
 
-    from tests.keras import test_sync
+    from tests.keras import test_backends, test_sync
 
     keras.backend.clear_session(free_memory=False)  # to look for garbage would take as long as to train
     keras.config.set_dtype_policy("float32")
     keras.utils.set_random_seed(7)
-    case: Case = getattr(test_sync, name)(**arguments)
+    case: Case = getattr(test_sync if hasattr(test_sync, name) else test_backends, name)(**arguments)
     if not case.model.built:
         case.model(keras.tree.map_structure(lambda array: array[:1], case.x))
     optimizer = case.model.optimizer
@@ -205,17 +217,20 @@ def serve(pipe: Connection) -> None:
 
 
 class Ranks:
-    """Three processes: two or all of them are a gang, any of them a single process to compare with."""
+    """Three processes: two or all of them are a gang, any of them a single process to compare with.
 
-    def __init__(self) -> None:
+    Or as many as are asked for, with Keras on another backend.
+    """
+
+    def __init__(self, backend: str = "tensorflow", processes: int = 3) -> None:
         self.pipes: list[Connection] = []
         self.processes: list[subprocess.Popen[bytes]] = []
         self.trained: dict[tuple[str, str], Outcome] = {}
-        for _ in range(3):
+        for _ in range(processes):
             ours, theirs = multiprocessing.Pipe()
             with theirs:
                 command = [sys.executable, "-m", "tests.keras.ranks", str(theirs.fileno())]
-                environment = {**os.environ, **ENVIRONMENT}
+                environment = {**os.environ, **ENVIRONMENT, "KERAS_BACKEND": backend}
                 self.processes.append(subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment))
             self.pipes.append(ours)
 

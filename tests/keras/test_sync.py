@@ -612,7 +612,7 @@ def Mean():
             self.value.assign(3.0)
 
         def result(self):
-            return self.value
+            return keras.ops.convert_to_tensor(self.value)
 
     return Constant()
 
@@ -667,10 +667,11 @@ def test_callbacks_decide_alike_on_every_rank_and_as_in_one_process(ranks, world
 def going_wrong(step=4, rank=1, spe=1, mode="error", world=2, own=False, jit=False, made=0, epoch=2, value=np.nan):
     """The rows of one rank, or of all, hold a bad value from a step of an epoch on."""
     import keras
-    import tensorflow as tf
 
     class Own(keras.Sequential):
         def train_step(self, data):
+            import tensorflow as tf
+
             x, y = data
             with tf.GradientTape() as tape:
                 loss = self.compute_loss(x, y, self(x, training=True))
@@ -690,7 +691,8 @@ def going_wrong(step=4, rank=1, spe=1, mode="error", world=2, own=False, jit=Fal
 
         def call(self, x):
             marked = x[:, :1] > 100.0
-            return tf.where(tf.logical_and(marked, self.on > 0), value, tf.where(marked, 1.0, x))
+            spoiled = keras.ops.logical_and(marked, self.on > 0)
+            return keras.ops.where(spoiled, value, keras.ops.where(marked, 1.0, x))
 
     x[taken, 0] = 1000.0
     spoil = Spoil()

@@ -1,0 +1,145 @@
+"""Keras on JAX and PyTorch: fits in step against plain Keras of the same backend in one process, without Spark.
+
+The cases are those of `tests.keras.test_sync`, which holds TensorFlow to many more of them, and some of each backend's
+own.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.keras.ranks import BATCH, ROWS, Case, Ranks
+from tests.keras.test_sync import (
+    EXACT,
+    closeness,
+    compiled,
+    equals_single,
+    last_line,
+    rows,
+    same_history,
+    smooth,
+)
+
+pytestmark = pytest.mark.timeout(120)
+
+# A plain one, one with moments, one that scales the loss, and one made of others.
+OPTIMIZERS = ["SGD", "Adam", "LossScaleOptimizer", "MultiOptimizer"]
+
+
+@pytest.fixture(scope="module", params=["jax", "torch"])
+def ranks(request):
+    with Ranks(request.param, 2) as processes:
+        processes.backend = request.param
+        yield processes
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_give_what_one_process_gives_on_the_global_batches(ranks, name):
+    equals_single(ranks, 2, "every_optimizer", name=name)
+
+
+@pytest.mark.parametrize("name", ["global_clipnorm", "ema", "accumulation", "schedule"])
+def test_options_act_on_the_averaged_gradient(ranks, name):
+    equals_single(ranks, 2, "with_options", name=name)
+
+
+def test_metrics_are_those_of_all_rows_in_training_and_in_validation(ranks):
+    outcomes, expected = equals_single(ranks, 2, "classified")
+    same_history(outcomes, expected, rel=1e-5)
+    for outcome in outcomes:
+        assert outcome.probe == {name: values[-1] for name, values in outcome.history.items()}
+
+
+def test_callbacks_decide_alike_and_as_in_one_process(ranks):
+    outcomes, expected = equals_single(ranks, 2, "stopping")
+    same_history(outcomes, expected, rel=EXACT)
+    assert len(outcomes[0].history["loss"]) < 12
+
+
+def test_several_inputs_and_outputs_with_weights(ranks):
+    outcomes, expected = equals_single(ranks, 2, "several_parts")
+    same_history(outcomes, expected, rel=1e-5)
+
+
+def test_dropout_drops_something_else_on_every_rank_and_the_same_when_repeated(ranks):
+    first, again = ranks.alike(2, "dropping"), ranks.alike(2, "dropping")
+    assert first[0].digest == again[0].digest
+    assert closeness(first[0], ranks.single("dropping")) > 1e-4
+
+
+def normalised_alike():
+    """Every rank gets the same rows, so that normalising each rank's batch is normalising the global one."""
+    import keras
+
+    x, y = rows()
+    half = BATCH // 2
+    for start in range(0, ROWS - half, BATCH):
+        x[start + half : start + BATCH], y[start + half : start + BATCH] = (
+            x[start : start + half],
+            y[start : start + half],
+        )
+    x[-3:], y[-3:] = x[-6:-3], y[-6:-3]
+    model = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(), *smooth().layers])
+    return Case(compiled(keras.optimizers.Adam(0.05), model), x, y)
+
+
+def test_batch_normalisation_of_the_same_rows_everywhere_is_that_of_one_process(ranks):
+    _, expected = equals_single(ranks, 2, "normalised_alike")
+    assert any("moving_variance" in path for path in expected.weights)
+
+
+@pytest.mark.parametrize(("rank", "step"), [(0, 2), (1, 4)])
+def test_a_loss_that_is_not_finite_on_any_rank_stops_all_ranks_at_its_step(ranks, rank, step):
+    rate = 0.02 if step == 2 else 0.01
+    for outcome in ranks.gang(2, "going_wrong", rank=rank, step=step, jit=ranks.backend == "jax"):
+        assert f"in epoch 2 at step {step}, with learning rate {rate:g}." in last_line(outcome)
+
+
+def test_one_process_is_watched_too(ranks):
+    (outcome,) = ranks.gang(1, "going_wrong", world=1, rank=None, made=10, epoch=1, jit=ranks.backend == "jax")
+    assert "in epoch 1 at step 14, with learning rate 0.02." in last_line(outcome)
+
+
+def own_step(way):
+    """A ``train_step`` of the user's own, as JAX has them: good, or doing more than what can be cut in two."""
+    import jax
+    import keras
+
+    class Own(keras.Sequential):
+        def train_step(self, state, data):
+            trained, others, optimizer, metrics = state
+            x, y = data
+
+            def loss_of(trained):
+                predicted, fresh = self.stateless_call(trained, others, x, training=True)
+                return 3 * keras.ops.mean(keras.ops.square(predicted - y)), fresh
+
+            (loss, others), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
+            trained, optimizer = self.optimizer.stateless_apply(optimizer, grads, trained)
+            if way == "bad":
+                trained = [value * 0.9 for value in trained]
+            return {"loss": loss}, (trained, others, optimizer, metrics)
+
+    return Case(compiled(keras.optimizers.SGD(0.003), Own(smooth().layers)), *rows())
+
+
+def test_a_train_step_of_ones_own_is_cut_in_two_where_that_can_be(ranks):
+    if ranks.backend != "jax":
+        pytest.skip("only JAX's have to be cut")
+    equals_single(ranks, 2, "own_step", way="good")
+    for outcome in ranks.gang(2, "own_step", way="bad"):
+        assert "it must call self.optimizer.stateless_apply once" in last_line(outcome)
+
+
+def unaveraged():
+    case = Case(compiled("sgd"), *rows())
+    from spark_nn.gang.collective import Alone
+    from spark_nn.keras import backends
+
+    case.sync = {"averager": backends.current().Averager(Alone())}
+    return case
+
+
+def test_without_the_averaging_these_comparisons_would_fail(ranks):
+    outcomes = ranks.gang(2, "unaveraged")
+    assert outcomes[0].digest != outcomes[1].digest
