@@ -62,6 +62,8 @@ class Recipe:
         Takes the history; whether training is to end.
     collective : {"auto", "ring", "native"}
         How gradients are averaged.
+    sharding : {"none", "fsdp"}
+        Whether each rank holds a part of the network only.
     outputs : Choice
         What the user says of the outputs.
     """
@@ -78,6 +80,7 @@ class Recipe:
     mixedPrecision: Precision
     stopWhen: Callable[[dict[str, list[Any]]], Any] | None
     collective: Literal["auto", "ring", "native"] = "auto"
+    sharding: Literal["none", "fsdp"] = "none"
     outputs: Choice = field(default_factory=Choice)
 
 
@@ -111,7 +114,7 @@ class TorchTrainer(Trainer):
         gang.progress.update(phase="import")
         import torch
 
-        from spark_nn.torch import averaging, sync
+        from spark_nn.torch import averaging, sharding, sync
         from spark_nn.torch.feed import Feed
         from spark_nn.torch.loop import Loop
         from spark_nn.torch.metrics import Tally
@@ -126,28 +129,37 @@ class TorchTrainer(Trainer):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         _check_precision(recipe.mixedPrecision, device.type)
         feed = Feed(data, device, self.schedule.classWeights)
-        module, put_out = self._build(gang, feed.specs, manifest.role("features"))
-        module.to(device)
+        divided = recipe.sharding == "fsdp" and gang.world > 1
+        if divided and gang.rank:
+            module, put_out, called = sharding.outline(recipe.blueprint, feed.specs), {}, set[str]()
+        else:
+            module, put_out, called = self._build(gang, feed.specs, manifest.role("features"))
+        if divided:
+            put_out = sharding.told(gang, put_out)
+        else:
+            module.to(device)
         check_labels(put_out, [tensor.key for tensor in manifest.role("label")])
         outputs = losses.describe(put_out, recipe.blueprint.loss)
         described = recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
-        sync.start_alike(gang, module, seed)
         criterion = losses.Criterion(recipe.blueprint.loss)
         criterion.to(device)
-        optimizer = _optimizer(recipe, module)
-        scheduler = _scheduler(recipe, optimizer)
         tally = Tally(recipe.blueprint.metrics, described, device)
-        scaler = torch.amp.GradScaler(device.type) if recipe.mixedPrecision == "fp16" else None
-        parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        states = {name: each for name, each in parts.items() if each is not None}
-        keeper = sync.Keeper(gang, checkpoints, module, states, tally, data.steps)
-        place = keeper.restore()
-        example = codec.example(feed.specs)
-        rows = (
-            {key: each.to(device) for key, each in example.items()} if isinstance(example, dict) else example.to(device)
-        )
-        report = Report(gang.progress, self.schedule.epochs, data.steps, data.rows * gang.world, place)
-        with averaging.averager(recipe.collective, module, gang.collective, gang.host, gang.timeout, rows) as averager:
+        if divided:
+            halves = recipe.mixedPrecision == "bf16"
+            opened: Any = sharding.sharded(gang, module, called, device, seed=seed, halves=halves)
+        else:
+            sync.start_alike(gang, module, seed)
+            rows = codec.example(feed.specs, device=device)
+            opened = averaging.averager(recipe.collective, module, gang.collective, gang.host, gang.timeout, rows)
+        with opened as averager, averager.guarded():
+            optimizer = _optimizer(recipe, module)
+            scheduler = _scheduler(recipe, optimizer)
+            scaler = torch.amp.GradScaler(device.type) if recipe.mixedPrecision == "fp16" else None
+            parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+            states = {name: each for name, each in parts.items() if each is not None}
+            keeper = sync.Keeper(gang, checkpoints, module, states, tally, data.steps)
+            place = keeper.restore()
+            report = Report(gang.progress, self.schedule.epochs, data.steps, data.rows * gang.world, place)
             clock.append(time.monotonic())
             gang.progress.update(phase="trace")
             loop = Loop(
@@ -166,15 +178,19 @@ class TorchTrainer(Trainer):
             )
             held = None if validation is None else Feed(validation, device, {})
             loop.run(feed, held, place)
-        check_digests(gang, sync.weights_digest(module))
-        clock.append(time.monotonic())
-        gang.progress.update(phase="publish")
-        write = functools.partial(codec.save, module, inputs=feed.specs)
-        file, sha256 = publish(gang, write, codec.SUFFIX) if gang.rank == 0 else ("", "")
+            check_digests(gang, sync.weights_digest(module))
+            clock.append(time.monotonic())
+            gang.progress.update(phase="publish")
+            write = functools.partial(codec.save, module, inputs=feed.specs, whole=averager.whole)
+            file, sha256 = publish(gang, write, codec.SUFFIX) if gang.rank == 0 else ("", "")
+            if divided and gang.rank:
+                write(None)  # what rank 0 writes, all bring together
         return report.trained(file, sha256, outputs, clock)
 
-    def _build(self, gang: GangContext, specs: Specs, inputs: tuple[Tensor, ...]) -> tuple[Any, Any]:
-        """The network with its first weights, and what it puts out for one row of its input."""
+    def _build(self, gang: GangContext, specs: Specs, inputs: tuple[Tensor, ...]) -> tuple[Any, Any, set[str]]:
+        """The network with its first weights, what it puts out for one row, and which of its layers that calls once."""
+        from spark_nn.torch.sharding import Calls
+
         module = self.recipe.blueprint.build()
         try:
             codec.settle(module, specs)
@@ -185,11 +201,12 @@ class TorchTrainer(Trainer):
                     tensors, _ = codec.read(local.name)
                 codec.fill(module, tensors, self.recipe.weights)
             training = module.training
-            put_out = codec.by_name(codec.forward(module.eval(), codec.example(specs)))
+            with Calls(module) as calls:
+                put_out = codec.by_name(codec.forward(module.eval(), codec.example(specs)))
             module.train(training)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             raise misfit(inputs, "each argument of the model's forward as that does", error) from error
-        return module, put_out
+        return module, put_out, calls.once
 
 
 def prepare() -> None:
