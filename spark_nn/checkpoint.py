@@ -194,9 +194,7 @@ class Checkpoints:
     def _folder(self, attempt: int) -> RunDir:
         return RunDir(f"{attempt_folder(self.gang.run, attempt).url}/{FOLDER}")
 
-    def _write(
-        self, name: str, place: Place, state: Mapping[str, Any], arrays: Arrays, parts: Sequence[str]
-    ) -> None:
+    def _write(self, name: str, place: Place, state: Mapping[str, Any], arrays: Arrays, parts: Sequence[str]) -> None:
         if not self._written:
             self._run.mkdir("")
         described = {
@@ -255,7 +253,7 @@ class Checkpoints:
                     continue
                 described, arrays = found
                 self._check(described["identity"])
-                yield described, arrays, [described["place"], described["state"], attempt, name, described["parts"]]
+                yield described, arrays, [described["place"], described["state"], attempt, name, described.get("parts")]
 
     def _damaged(self, attempt: int, name: str) -> None:
         if self.gang.rank == 0:

@@ -251,7 +251,9 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
             raise ParamError("mixedPrecision='fp16' with useGpu=False: halves need GPUs; use 'bf16'")
         if self.getSharding() == "fsdp" and self.getNumWorkers() > 1:
             if self.getCollective() == "ring":
-                raise ParamError("sharding='fsdp' exchanges by torch.distributed: collective must be 'auto' or 'native'")
+                raise ParamError(
+                    "sharding='fsdp' exchanges by torch.distributed: collective must be 'auto' or 'native'"
+                )
             if self.getMixedPrecision() == "fp16":
                 raise ParamError("sharding='fsdp' with mixedPrecision='fp16': use 'bf16', whose loss needs no scaling")
         weighted = self.isDefined("weightCol") or self.isDefined("classWeights")

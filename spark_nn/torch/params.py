@@ -144,7 +144,9 @@ class TorchParams(TorchColumns, NetworkParams):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._setDefault(optimizer="adam", optimizerParams={}, lrSchedulerInterval="epoch", mixedPrecision="no", sharding="none")
+        self._setDefault(
+            optimizer="adam", optimizerParams={}, lrSchedulerInterval="epoch", mixedPrecision="no", sharding="none"
+        )
 
     def getOptimizerParams(self) -> dict[str, Any]:
         """Get :py:attr:`optimizerParams`."""

@@ -38,36 +38,23 @@ _HALVES = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 _PLAIN = (torch.Tensor, bool, int, float, str, type(None))
 
 
-class Calls:
-    """Counts in the block how often each module of a network is called, and what kinds of things they return.
+def called_once(module: Any, specs: Specs) -> set[str]:
+    """The layers that a network calls exactly once for a row, and that return tensors, in lists and dicts at most."""
+    names = {each: name for name, each in module.named_modules()}
+    counted: Counter[str] = Counter()
 
-    Parameters
-    ----------
-    module : torch.nn.Module
-        The network.
-    """
+    def note(each: Any, _: Any, put_out: Any) -> None:
+        counted[names[each]] += 1 if all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(put_out)) else 2
 
-    def __init__(self, module: Any) -> None:
-        self._names = {each: name for name, each in module.named_modules()}
-        self._counted: Counter[str] = Counter()
-        self._hooks: list[Any] = []
-
-    def __enter__(self) -> Calls:
-        self._hooks = [each.register_forward_hook(self._note) for each in self._names]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
+    hooks = [each.register_forward_hook(note) for each in names]
+    training = module.training
+    try:
+        codec.forward(module.eval(), codec.example(specs))
+    finally:
+        module.train(training)
+        for hook in hooks:
             hook.remove()
-
-    @property
-    def once(self) -> set[str]:
-        """The names of those that were called exactly once, and returned tensors in lists and dicts at most."""
-        return {name for name, times in self._counted.items() if times == 1}
-
-    def _note(self, module: Any, _: Any, put_out: Any) -> None:
-        plain = all(isinstance(each, _PLAIN) for each in tree_leaves(put_out))
-        self._counted[self._names[module]] += 1 if plain else 2
+    return {name for name, times in counted.items() if times == 1}
 
 
 def groups_of(module: Any, called: set[str], least: int = LEAST) -> list[str]:
@@ -92,7 +79,9 @@ def groups_of(module: Any, called: set[str], least: int = LEAST) -> list[str]:
     for name, each in reversed(list(module.named_modules())):
         if name not in called or not name or isinstance(each, (torch.nn.ModuleList, torch.nn.ModuleDict)):
             continue
-        inside = [parameter for place, parameter in places if place.startswith(f"{name}.") and id(parameter) not in taken]
+        inside = [
+            parameter for place, parameter in places if place.startswith(f"{name}.") and id(parameter) not in taken
+        ]
         here = Counter(map(id, inside))
         sizes = {id(parameter): parameter.numel() for parameter in inside}
         if sum(sizes.values()) >= least and all(here[key] == everywhere[key] for key in here):
@@ -157,7 +146,7 @@ class Sharded(NativeAverager):
                 # looked at no backward pass would do it.
                 fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
             except (ValueError, NotImplementedError, AssertionError) as error:
-                raise ParamError(f"sharding='fsdp' cannot divide the model's {name or 'parameters'}: {error}") from error
+                raise ParamError(f"sharding='fsdp' cannot divide {name or 'the model'}: {error}") from error
             _check_gone(refs)
         buffers = {id(each): torch.empty_like(each, device=device) for each in module.buffers() if each.is_meta}
         _exchange(module, buffers)
@@ -168,9 +157,7 @@ class Sharded(NativeAverager):
 
 
 @contextlib.contextmanager
-def sharded(
-    gang: GangContext, module: Any, called: set[str], device: Any, *, seed: int, halves: bool
-) -> Iterator[Sharded]:
+def sharded(gang: GangContext, module: Any, specs: Specs, device: Any, *, seed: int, halves: bool) -> Iterator[Sharded]:
     """Have a network divided over the ranks in the block; all ranks call it.
 
     Parameters
@@ -179,8 +166,8 @@ def sharded(
         This rank's view of its gang.
     module : torch.nn.Module
         The network: rank 0's with its weights, those of the others without. It is changed.
-    called : set of str
-        Which layers are called once, as rank 0 knows.
+    specs : dict
+        Its inputs.
     device : torch.device
         Where it is to be.
     seed : int
@@ -195,23 +182,28 @@ def sharded(
     """
     for name, each in module.named_modules():
         if getattr(each, "sparse", False):
-            raise ParamError(f"sharding='fsdp' cannot divide sparse gradients: leave out sparse=True of the layer {name}")
+            raise ParamError(
+                f"sharding='fsdp' cannot divide sparse gradients: leave out sparse=True of the layer {name}"
+            )
     kinds = {each.decode() for each in gang.collective.all_gather(device.type.encode())}
     if len(kinds) > 1:
-        raise ParamError("sharding='fsdp' needs a GPU on every worker, or on none: set useGpu=False, or let Spark assign")
-    groups = json.dumps(groups_of(module, called) if gang.rank == 0 else [])
-    groups = json.loads(gang.collective.all_gather(groups.encode())[0])
+        raise ParamError(
+            "sharding='fsdp' needs a GPU on every worker, or on none: set useGpu=False, or let Spark assign"
+        )
+    planned = groups_of(module, called_once(module, specs)) if gang.rank == 0 else []
+    groups = json.loads(gang.collective.all_gather(json.dumps(planned).encode())[0])
     backend = "nccl" if device.type == "cuda" else "gloo"
     with rendezvous.joined(gang.collective, gang.host, gang.timeout, backend):  # type: ignore[arg-type]
         averager = Sharded(gang, module, groups, device, halves=halves)
         sync.start_alike(gang, module, seed)
-        yield averager
+        with averager.guarded():
+            yield averager
 
 
 def told(gang: GangContext, put_out: Mapping[str, Any]) -> dict[str, Any]:
     """What the network of rank 0 put out: on all ranks tensors of these shapes, without values."""
-    shapes = json.dumps({name: list(each.shape) for name, each in put_out.items()})
-    shapes = json.loads(gang.collective.all_gather(shapes.encode())[0])
+    here = json.dumps({name: list(each.shape) for name, each in put_out.items()})
+    shapes = json.loads(gang.collective.all_gather(here.encode())[0])
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 

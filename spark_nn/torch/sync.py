@@ -166,7 +166,7 @@ class Keeper:
     def _take(self, tensor: Any, name: str, found: Checkpoint) -> None:
         """Fill a tensor with what this rank has read, where it is divided, or else with what rank 0 has."""
         if _axis(tensor) is not None:
-            _assign(tensor.to_local(), found.part.pop(name))
+            _assign(tensor.detach().to_local(), found.part.pop(name))
             return
         if name in found.arrays:
             _assign(tensor, found.arrays[name])

@@ -130,10 +130,11 @@ class TorchTrainer(Trainer):
         _check_precision(recipe.mixedPrecision, device.type)
         feed = Feed(data, device, self.schedule.classWeights)
         divided = recipe.sharding == "fsdp" and gang.world > 1
-        if divided and gang.rank:
-            module, put_out, called = sharding.outline(recipe.blueprint, feed.specs), {}, set[str]()
-        else:
-            module, put_out, called = self._build(gang, feed.specs, manifest.role("features"))
+        module, put_out = (
+            (sharding.outline(recipe.blueprint, feed.specs), {})
+            if divided and gang.rank
+            else self._build(gang, feed.specs, manifest.role("features"))
+        )
         if divided:
             put_out = sharding.told(gang, put_out)
         else:
@@ -146,12 +147,12 @@ class TorchTrainer(Trainer):
         tally = Tally(recipe.blueprint.metrics, described, device)
         if divided:
             halves = recipe.mixedPrecision == "bf16"
-            opened: Any = sharding.sharded(gang, module, called, device, seed=seed, halves=halves)
+            opened: Any = sharding.sharded(gang, module, feed.specs, device, seed=seed, halves=halves)
         else:
             sync.start_alike(gang, module, seed)
             rows = codec.example(feed.specs, device=device)
             opened = averaging.averager(recipe.collective, module, gang.collective, gang.host, gang.timeout, rows)
-        with opened as averager, averager.guarded():
+        with opened as averager:
             optimizer = _optimizer(recipe, module)
             scheduler = _scheduler(recipe, optimizer)
             scaler = torch.amp.GradScaler(device.type) if recipe.mixedPrecision == "fp16" else None
@@ -187,10 +188,8 @@ class TorchTrainer(Trainer):
                 write(None)  # what rank 0 writes, all bring together
         return report.trained(file, sha256, outputs, clock)
 
-    def _build(self, gang: GangContext, specs: Specs, inputs: tuple[Tensor, ...]) -> tuple[Any, Any, set[str]]:
-        """The network with its first weights, what it puts out for one row, and which of its layers that calls once."""
-        from spark_nn.torch.sharding import Calls
-
+    def _build(self, gang: GangContext, specs: Specs, inputs: tuple[Tensor, ...]) -> tuple[Any, Any]:
+        """The network with its first weights, and what it puts out for one row of its input."""
         module = self.recipe.blueprint.build()
         try:
             codec.settle(module, specs)
@@ -201,12 +200,11 @@ class TorchTrainer(Trainer):
                     tensors, _ = codec.read(local.name)
                 codec.fill(module, tensors, self.recipe.weights)
             training = module.training
-            with Calls(module) as calls:
-                put_out = codec.by_name(codec.forward(module.eval(), codec.example(specs)))
+            put_out = codec.by_name(codec.forward(module.eval(), codec.example(specs)))
             module.train(training)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             raise misfit(inputs, "each argument of the model's forward as that does", error) from error
-        return module, put_out, calls.once
+        return module, put_out
 
 
 def prepare() -> None:

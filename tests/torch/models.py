@@ -226,3 +226,35 @@ def transformer(words=4001, width=256):
             return self.again(self.head(self.tracked(self.norm(self.blocks(found)).mean(1))))
 
     return Transformer()
+
+
+def deep(layers, units):
+    """Layers of the same size."""
+    from torch import nn
+
+    inner = [layer for _ in range(layers) for layer in (nn.Linear(units, units), nn.ReLU())]
+    return nn.Sequential(nn.Linear(3, units), *inner, nn.Linear(units, 1))
+
+
+def scaled():
+    """A network with a weight that is a number, and a tensor that is neither weight nor buffer."""
+    import torch
+    from torch import nn
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+            self.shift = torch.ones(3)
+
+        def forward(self, x):
+            return ((x + self.shift) * self.scale).sum(1, keepdim=True)
+
+    return Scaled()
+
+
+def asked():
+    """A network that looks at its weights when it is made."""
+    net = line(3)
+    net.bias.data.fill_(net.weight.detach().max().item())
+    return net
