@@ -32,14 +32,16 @@ def network(layers: int, folder: str) -> Any:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
+    noted = Path(folder) / f"{os.getpid()}"
+
     def note(before: int) -> None:
         while True:
-            (Path(folder) / f"{os.getpid()}").write_text(f"{(highest() - before) / 2**20:.0f}")
+            noted.write_text(f"{(highest() - before) / 2**20:.0f}")
             time.sleep(0.05)
 
-    if f"{os.getpid()}" not in os.listdir(folder):
+    if not noted.exists():
         threading.Thread(target=note, args=(highest(),), daemon=True).start()
-        while f"{os.getpid()}" not in os.listdir(folder):
+        while not noted.exists():
             time.sleep(0.01)
     inner = [layer for _ in range(layers) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
     return nn.Sequential(nn.Linear(2, WIDTH), *inner, nn.Linear(WIDTH, 1))

@@ -1,8 +1,10 @@
 """Worker side: what training needs to go on after a failure as if nothing had happened.
 
 Rank 0 writes it, for all ranks, into the run directory: one file of arrays, then, with its digest, a file of JSON
-that makes it count. Where ranks hold parts of a model that is too large for one, each writes a file of its own. Each attempt at a run has a folder of its own, so that a straggler of an earlier one can change
-nothing; the next attempt goes on from the newest that is whole.
+that makes it count. Where ranks hold parts of a model that is too large for one, each writes a file of its own.
+
+Each attempt at a run has a folder of its own, so that a straggler of an earlier one can change nothing; the next
+attempt goes on from the newest that is whole.
 
 When to write one, all ranks must agree upon, as each adds what it alone holds. Either it is due at fixed steps; or
 rank 0 looks at its clock, at steps that it has announced the time before.

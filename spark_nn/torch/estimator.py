@@ -104,9 +104,9 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
 
     Row weights multiply each row's loss, whose sum is divided by the number of rows.
 
-    With ``sharding="fsdp"`` training is the same to rounding, by PyTorch's ``fully_shard``, over NCCL between GPUs and over
-    Gloo between CPUs. Layers of a million elements and more are brought together one at a time, while they compute. Every
-    batch must use the same layers. With one worker there is nothing to divide.
+    With ``sharding="fsdp"`` training is the same but for rounding, by PyTorch's ``fully_shard``, over NCCL between GPUs
+    and over Gloo between CPUs. Layers of a million elements and more are brought together one at a time, while they
+    compute. Every batch must use the same layers. With one worker there is nothing to divide.
 
     Examples
     --------
@@ -252,7 +252,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         if self.getSharding() == "fsdp" and self.getNumWorkers() > 1:
             if self.getCollective() == "ring":
                 raise ParamError(
-                    "sharding='fsdp' exchanges by torch.distributed: collective must be 'auto' or 'native'"
+                    "sharding='fsdp' with collective='ring': it exchanges by torch.distributed, so 'auto' or 'native'"
                 )
             if self.getMixedPrecision() == "fp16":
                 raise ParamError("sharding='fsdp' with mixedPrecision='fp16': use 'bf16', whose loss needs no scaling")

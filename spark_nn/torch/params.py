@@ -144,9 +144,8 @@ class TorchParams(TorchColumns, NetworkParams):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._setDefault(
-            optimizer="adam", optimizerParams={}, lrSchedulerInterval="epoch", mixedPrecision="no", sharding="none"
-        )
+        self._setDefault(optimizer="adam", optimizerParams={}, lrSchedulerInterval="epoch")
+        self._setDefault(mixedPrecision="no", sharding="none")
 
     def getOptimizerParams(self) -> dict[str, Any]:
         """Get :py:attr:`optimizerParams`."""

@@ -79,11 +79,9 @@ def groups_of(module: Any, called: set[str], least: int = LEAST) -> list[str]:
     for name, each in reversed(list(module.named_modules())):
         if name not in called or not name or isinstance(each, (torch.nn.ModuleList, torch.nn.ModuleDict)):
             continue
-        inside = [
-            parameter for place, parameter in places if place.startswith(f"{name}.") and id(parameter) not in taken
-        ]
-        here = Counter(map(id, inside))
-        sizes = {id(parameter): parameter.numel() for parameter in inside}
+        inside = [parameter for place, parameter in places if place.startswith(f"{name}.")]
+        sizes = {id(parameter): parameter.numel() for parameter in inside if id(parameter) not in taken}
+        here = Counter(id(parameter) for parameter in inside if id(parameter) in sizes)
         if sum(sizes.values()) >= least and all(here[key] == everywhere[key] for key in here):
             groups.append(name)
             taken.update(here)
@@ -182,13 +180,11 @@ def sharded(gang: GangContext, module: Any, specs: Specs, device: Any, *, seed: 
     """
     for name, each in module.named_modules():
         if getattr(each, "sparse", False):
-            raise ParamError(
-                f"sharding='fsdp' cannot divide sparse gradients: leave out sparse=True of the layer {name}"
-            )
+            raise ParamError(f"sharding='fsdp' cannot divide sparse gradients: leave out sparse=True of layer {name}")
     kinds = {each.decode() for each in gang.collective.all_gather(device.type.encode())}
     if len(kinds) > 1:
         raise ParamError(
-            "sharding='fsdp' needs a GPU on every worker, or on none: set useGpu=False, or let Spark assign"
+            "sharding='fsdp' needs a GPU on every worker or on none: set useGpu, or have Spark assign them"
         )
     planned = groups_of(module, called_once(module, specs)) if gang.rank == 0 else []
     groups = json.loads(gang.collective.all_gather(json.dumps(planned).encode())[0])

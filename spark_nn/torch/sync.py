@@ -189,7 +189,7 @@ def _axis(tensor: Any) -> int | None:
 
 
 def _view(tensor: Any) -> np.ndarray:
-    """This rank's part of a tensor, where it lies if NumPy can see it there."""
+    """The part of a tensor that this rank holds, where it lies if NumPy can see it there."""
     flat = tensor.detach().to_local().contiguous().reshape(-1).cpu()
     array: np.ndarray = flat.view(torch.uint8).numpy()
     return array

@@ -203,7 +203,7 @@ def wide(units=1100):
     return nn.Sequential(nn.Linear(3, units), nn.ReLU(), nn.Linear(units, 1001), nn.ReLU(), nn.Linear(1001, 1))
 
 
-def transformer(words=4001, width=256):
+def transformer(words=4201, width=256):
     """A small transformer over three numbers as words, with dropout, a table, and a bias that is used twice."""
     import torch
     from torch import nn

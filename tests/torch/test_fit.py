@@ -267,7 +267,7 @@ REFUSED = [
     ),
     ({"model": torch.nn.LazyLinear(1)}, "the model's weight, bias will have a shape only when it has been called"),
     ({"mixedPrecision": "fp16", "useGpu": False}, "halves need GPUs"),
-    ({"sharding": "fsdp", "numWorkers": 2, "collective": "ring"}, "collective must be 'auto' or 'native'"),
+    ({"sharding": "fsdp", "numWorkers": 2, "collective": "ring"}, "exchanges by torch.distributed, so 'auto'"),
     ({"sharding": "fsdp", "numWorkers": 2, "mixedPrecision": "fp16"}, "use 'bf16', whose loss needs no scaling"),
     ({"inputCols": ["name"]}, "column 'name' holds string values, and PyTorch has no tensors of them"),
 ]

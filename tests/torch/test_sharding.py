@@ -54,14 +54,6 @@ def test_a_divided_network_comes_to_what_a_whole_one_does(data, tmp_path):
     for each in outcomes:
         assert not each.errors, "\n".join(each.errors)
     for name, whole, divided in zip(CASES, outcomes[::2], outcomes[1::2], strict=True):
-        print(
-            name,
-            {
-                k: float(np.abs(divided.weights[k] - v).max() / np.abs(v).max())
-                for k, v in whole.weights.items()
-                if v.size
-            },
-        )
         assert divided.weights.keys() == whole.weights.keys()
         for weight, values in whole.weights.items():
             # Relative to the largest of them, or to a step of the optimizer.
@@ -97,7 +89,7 @@ def test_a_rank_is_killed_and_the_next_attempt_comes_to_the_same_bits(data, tmp_
 
 
 def test_a_rank_holds_a_part_only(data, tmp_path):
-    """Adam's parameters, gradients and two moments are of four times the model; of half of it, and of two layers whole."""
+    """With Adam that is parameters, gradients and two moments: half of each, and a few layers whole."""
     made = ranks.trainer(models.deep, {"layers": 6, "units": 1600}, optimizer="adam", epochs=1, batch=64, interval=2)
     whole, divided = (ranks.train(data, [(tmp_path / way, 0, ranks.divided(made, way))])[0] for way in ("none", "fsdp"))
     assert not whole.errors + divided.errors, whole.errors + divided.errors
@@ -124,7 +116,7 @@ def test_layers_are_brought_together_by_size_where_they_are_called():
     ("model", "message"),
     [
         (models.tied, "the model refers to into.weight otherwise than as an attribute"),
-        (models.sometimes, "cannot divide sparse gradients: leave out sparse=True of the layer table"),
+        (models.sometimes, "cannot divide sparse gradients: leave out sparse=True of layer table"),
         (models.scaled, "cannot divide the model: .*scalar"),
     ],
 )
