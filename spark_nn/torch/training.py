@@ -114,7 +114,7 @@ class TorchTrainer(Trainer):
         gang.progress.update(phase="import")
         import torch
 
-        from spark_nn.torch import averaging, sharding, sync
+        from spark_nn.torch import sync
         from spark_nn.torch.feed import Feed
         from spark_nn.torch.loop import Loop
         from spark_nn.torch.metrics import Tally
@@ -129,29 +129,13 @@ class TorchTrainer(Trainer):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         _check_precision(recipe.mixedPrecision, device.type)
         feed = Feed(data, device, self.schedule.classWeights)
-        divided = recipe.sharding == "fsdp" and gang.world > 1
-        module, put_out = (
-            (sharding.outline(recipe.blueprint, feed.specs), {})
-            if divided and gang.rank
-            else self._build(gang, feed.specs, manifest.role("features"))
-        )
-        if divided:
-            put_out = sharding.told(gang, put_out)
-        else:
-            module.to(device)
+        module, put_out, opened = self._opened(gang, feed.specs, manifest.role("features"), device)
         check_labels(put_out, [tensor.key for tensor in manifest.role("label")])
         outputs = losses.describe(put_out, recipe.blueprint.loss)
         described = recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
         criterion = losses.Criterion(recipe.blueprint.loss)
         criterion.to(device)
         tally = Tally(recipe.blueprint.metrics, described, device)
-        if divided:
-            halves = recipe.mixedPrecision == "bf16"
-            opened: Any = sharding.sharded(gang, module, feed.specs, device, seed=seed, halves=halves)
-        else:
-            sync.start_alike(gang, module, seed)
-            rows = codec.example(feed.specs, device=device)
-            opened = averaging.averager(recipe.collective, module, gang.collective, gang.host, gang.timeout, rows)
         with opened as averager:
             optimizer = _optimizer(recipe, module)
             scheduler = _scheduler(recipe, optimizer)
@@ -184,9 +168,30 @@ class TorchTrainer(Trainer):
             gang.progress.update(phase="publish")
             write = functools.partial(codec.save, module, inputs=feed.specs, whole=averager.whole)
             file, sha256 = publish(gang, write, codec.SUFFIX) if gang.rank == 0 else ("", "")
-            if divided and gang.rank:
+            if averager.divided and gang.rank:
                 write(None)  # what rank 0 writes, all bring together
         return report.trained(file, sha256, outputs, clock)
+
+    def _opened(self, gang: GangContext, specs: Specs, inputs: tuple[Tensor, ...], device: Any) -> tuple[Any, Any, Any]:
+        """The network, what it puts out for one row, and the block in which the ranks are kept alike."""
+        recipe, seed = self.recipe, self.schedule.seed
+        if recipe.sharding == "fsdp" and gang.world > 1:
+            from spark_nn.torch import sharding
+
+            module, put_out = (
+                (sharding.outline(recipe.blueprint, specs), {}) if gang.rank else self._build(gang, specs, inputs)
+            )
+            put_out = sharding.told(gang, put_out)
+            halves = recipe.mixedPrecision == "bf16"
+            return module, put_out, sharding.sharded(gang, module, specs, device, seed=seed, halves=halves)
+        from spark_nn.torch import averaging, sync
+
+        module, put_out = self._build(gang, specs, inputs)
+        module.to(device)
+        sync.start_alike(gang, module, seed)
+        rows = codec.example(specs, device=device)
+        averager = averaging.averager(recipe.collective, module, gang.collective, gang.host, gang.timeout, rows)
+        return module, put_out, averager
 
     def _build(self, gang: GangContext, specs: Specs, inputs: tuple[Tensor, ...]) -> tuple[Any, Any]:
         """The network with its first weights, and what it puts out for one row of its input."""
