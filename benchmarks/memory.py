@@ -56,7 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # executors do not find this file
     spark = session()
-    rows = spark.range(512).selectExpr("rand(1) AS a", "rand(2) AS b", "rand(3) AS label")
+    rows = spark.range(64).selectExpr("rand(1) AS a", "rand(2) AS b", "rand(3) AS label")
     parameters = arguments.layers * WIDTH * (WIDTH + 1) + 4 * WIDTH + 1
     print(f"{parameters:,} parameters, {parameters * 4 / 2**20:.0f} MB; Adam on two workers")
     print(f"{'':32}{'MB on each worker':>20}{'of the whole':>15}{'seconds a step':>16}")
@@ -66,7 +66,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             estimator = TorchEstimator(
                 model=network, modelParams={"layers": arguments.layers, "folder": folder}, loss="mse_loss",
-                inputCols=["a", "b"], numWorkers=2, batchSize=128, epochs=1, verbose=0, learningRate=1e-5,
+                inputCols=["a", "b"], numWorkers=2, batchSize=16, epochs=1, verbose=0, learningRate=1e-5,
                 sharding=sharding, checkpointInterval=interval,
             )  # fmt: skip
             seconds = estimator.fit(rows).summary.epochSeconds[0] / 4
