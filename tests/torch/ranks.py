@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import secrets
 import traceback
 from dataclasses import replace
@@ -48,8 +47,8 @@ def dataset(folder, parts):
 
 
 def peak():
-    """The most memory that this process has held so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory that this process has held so far, in bytes; getrusage would count its parent's, too."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def work(pipe, rank, world, data, jobs, timeout):
@@ -148,7 +147,7 @@ def received(pipes, seconds):
 
 def trainer(model, arguments=None, *, epochs=2, batch=32, interval=0, **recipe):
     """What an estimator would send."""
-    from spark_nn.torch.blueprint import Blueprint
+    from spark_nn.torch.blueprint import Blueprint, is_module, skeleton_of
     from spark_nn.torch.training import Recipe, TorchTrainer
     from spark_nn.trainer import Schedule
 
@@ -167,7 +166,14 @@ def trainer(model, arguments=None, *, epochs=2, batch=32, interval=0, **recipe):
     }
     metrics = settings.pop("metrics", None)
     loss = settings.pop("loss", "binary_cross_entropy_with_logits")
-    blueprint = Blueprint(model, arguments or {}, loss=loss, metrics=metrics)
+    instance = is_module(model)
+    blueprint = Blueprint(
+        None if instance else model,
+        arguments or {},
+        skeleton_of(model) if instance else None,
+        loss=loss,
+        metrics=metrics,
+    )
     schedule = Schedule(epochs, batch, 11, True, checkpointInterval=interval)
     return TorchTrainer(schedule, Recipe(blueprint, **settings))
 

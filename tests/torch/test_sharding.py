@@ -14,6 +14,7 @@ from spark_nn.gang.progress import Reporter
 from spark_nn.store import RunDir
 from spark_nn.torch import codec, sharding
 from spark_nn.torch.blueprint import Blueprint
+from spark_nn.torch.training import WEIGHTS
 from tests.torch import models, ranks
 
 pytestmark = pytest.mark.timeout(280)
@@ -36,20 +37,25 @@ CASES = {
         "clipGradValue": 0.01,
     },
     "halves": {"model": models.wide, "mixedPrecision": "bf16"},
+    "instance": {"model": models.wide(), "weights": "model"},
 }
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Of whose rows that are held back one rank has a batch more."""
-    return ranks.dataset(tmp_path_factory.mktemp("rows"), [170, 130])
+    return ranks.dataset(tmp_path_factory.mktemp("rows"), [170, 105])
 
 
 def test_a_divided_network_comes_to_what_a_whole_one_does(data, tmp_path):
     jobs = []
     for name, settings in CASES.items():
         made = ranks.trainer(**settings)
-        jobs += [(tmp_path / f"{name}-{way}", 0, ranks.divided(made, way)) for way in ("none", "fsdp")]
+        for way in ("none", "fsdp"):
+            jobs.append((tmp_path / f"{name}-{way}", 0, ranks.divided(made, way)))
+            if "weights" in settings:
+                jobs[-1][0].mkdir()
+                codec.save(settings["model"], jobs[-1][0] / WEIGHTS)
     outcomes = ranks.train(data, jobs)
     for each in outcomes:
         assert not each.errors, "\n".join(each.errors)
@@ -90,10 +96,9 @@ def test_a_rank_is_killed_and_the_next_attempt_comes_to_the_same_bits(data, tmp_
 
 def test_a_rank_holds_a_part_only(data, tmp_path):
     """With Adam that is parameters, gradients and two moments: half of each, and a few layers whole."""
-    made = ranks.trainer(models.deep, {"layers": 6, "units": 1600}, optimizer="adam", epochs=1, batch=64, interval=2)
+    made = ranks.trainer(models.deep, {"layers": 12, "units": 1200}, optimizer="adam", epochs=1, batch=64, interval=2)
     whole, divided = (ranks.train(data, [(tmp_path / way, 0, ranks.divided(made, way))])[0] for way in ("none", "fsdp"))
     assert not whole.errors + divided.errors, whole.errors + divided.errors
-    print([round(each / 2**20) for each in (*whole.peaks, *divided.peaks)])
     for rank in range(2):
         assert divided.peaks[rank] < 0.75 * whole.peaks[1], (rank, whole.peaks, divided.peaks)
 
