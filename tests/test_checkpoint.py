@@ -22,9 +22,9 @@ def gang(folder, attempt=0):
     return SimpleNamespace(rank=0, world=1, attempt=attempt, run=run, scratch=scratch, collective=Alone())
 
 
-def save(checkpoints, step):
+def save(checkpoints, step, part=None):
     arrays = {"weights": np.arange(step, dtype=np.float32), "empty": np.zeros((0, 3))}
-    checkpoints.save(Place(1, step), {"loss": [0.5, step]}, arrays, {"counter": np.array([step])})
+    checkpoints.save(Place(1, step), {"loss": [0.5, step]}, arrays, {"counter": np.array([step])}, part)
 
 
 def files(folder, attempt=0):
@@ -88,6 +88,22 @@ def test_a_damaged_one_is_told_and_the_one_before_taken(tmp_path, damage, caplog
     assert found.place.step == 5
     assert "000001-000000010" in caplog.text
     assert "damaged" in caplog.text
+
+
+def test_what_a_rank_wrote_itself_comes_back_or_the_one_before_does(tmp_path, caplog):
+    checkpoints = Checkpoints(gang(tmp_path), 1, {})
+    for step in (5, 10, 15):
+        save(checkpoints, step, {"half": np.full(3, step)})
+    names = [f"000001-{step:09d}.{end}" for step in (10, 15) for end in ("json", "npz", "rank-0.npz")]
+    assert files(tmp_path) == names
+    again = Checkpoints(gang(tmp_path, attempt=1), 1, {}).restore()
+    assert (again.place.step, again.part["half"].tolist()) == (15, [15] * 3)
+    (tmp_path / "attempt-0/checkpoints" / names[-1]).write_bytes(b"not what it was")
+    with caplog.at_level(logging.WARNING, "spark_nn"):
+        again = Checkpoints(gang(tmp_path, attempt=1), 1, {}).restore()
+    assert (again.place.step, again.part["half"].tolist()) == (10, [10] * 3)
+    assert "000001-000000015" in caplog.text
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_a_checkpoint_of_another_training_is_refused_with_both_values(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ class Averager:
     collective : Collective
         Exchange with the other ranks.
     """
+
+    # Whether the ranks exchange parameters when they go forward, and each holds a part of them only.
+    divided: ClassVar[bool] = False
 
     def __init__(self, module: Any, collective: Collective) -> None:
         self.forward = module  # what to call for the step's output
@@ -74,6 +77,10 @@ class Averager:
         if not self._used.all():
             for place in np.flatnonzero(self._used == 0):
                 self._parameters[int(place)].grad = None
+
+    def whole(self, tensor: Any) -> Any:
+        """A tensor of which ranks may hold parts; where they do, all call it."""
+        return tensor
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:

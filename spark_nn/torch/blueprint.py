@@ -8,6 +8,7 @@ The driver imports this module without PyTorch.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import sys
@@ -67,8 +68,13 @@ class Blueprint:
             ) from error
         return data
 
-    def build(self) -> Any:
+    def build(self, device: str = "cpu") -> Any:
         """Worker side: the network; the weights of a skeleton's are yet to come.
+
+        Parameters
+        ----------
+        device : str
+            Where tensors are made that are not told otherwise; on ``"meta"`` they have no values.
 
         Raises
         ------
@@ -78,8 +84,9 @@ class Blueprint:
         import torch
 
         if self.function is None:
-            return _exchanged(self.skeleton, lambda tensor: torch.empty_like(tensor, device="cpu"))
-        module = self.function(**self.arguments)
+            return _exchanged(self.skeleton, lambda tensor: torch.empty_like(tensor, device=device))
+        with contextlib.nullcontext() if device == "cpu" else torch.device(device):
+            module = self.function(**self.arguments)
         if not isinstance(module, torch.nn.Module):
             raise ParamError(f"the function given as model returned {module!r}, not a torch.nn.Module")
         return module

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +18,84 @@ from spark_nn.torch.blueprint import Blueprint, Specs, weights_of
 SUFFIX = ".safetensors"
 _INPUTS = "spark_nn.inputs"
 _LOG = logging.getLogger(__name__)
+# PyTorch's types by the names that safetensors files have for them.
+_KINDS = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "complex64": "C64",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 
 
-def save(module: Any, path: str | Path, inputs: Specs | None = None) -> None:
-    """Write the weights of a network.
+def save(
+    module: Any, path: str | Path | None, inputs: Specs | None = None, whole: Callable[[Any], Any] = lambda each: each
+) -> None:
+    """Write the weights of a network, one after the other: no more memory is needed than for the largest.
 
     Parameters
     ----------
     module : torch.nn.Module
         The network.
-    path : str or Path
-        A local path.
+    path : str or Path or None
+        A local path; None on a rank that only takes part in bringing the weights together.
     inputs : dict, optional
         Shape and dtype of each input, which networks that shape themselves by their first input need.
+    whole : callable
+        Brings together a weight of which ranks hold parts.
 
     Raises
     ------
     ParamError
-        It keeps state that is no tensor.
+        It keeps state that is no tensor, or of a type that the file's format does not know.
     """
-    from safetensors.torch import save_file
+    import torch
 
     if extra := [name for name in module.state_dict() if name.endswith("_extra_state")]:
         raise ParamError(
             f"the model keeps state beside its tensors ({', '.join(extra)}), which a file of tensors cannot hold: keep "
             "it in buffers, or make it an argument of the model's function"
         )
-    # Copies, as tensors that share their memory could not be written.
-    tensors = {
-        name: tensor.detach().to("cpu", copy=True).contiguous()
-        for name, tensor in weights_of(module).items()
-        if not _is_lazy(tensor)
-    }
+    # The largest types first, so that each number lies where a processor reads it well.
+    tensors = sorted(
+        ((name, tensor) for name, tensor in weights_of(module).items() if not _is_lazy(tensor)),
+        key=lambda each: (-each[1].element_size(), each[0]),
+    )
     described = [[key, list(shape), dtype] for key, (shape, dtype) in (inputs or {}).items()]
-    save_file(tensors, path, {"format": "pt", _INPUTS: json.dumps(described)})
+    header = _header(tensors, {"format": "pt", _INPUTS: json.dumps(described)})
+    with contextlib.nullcontext() if path is None else Path(path).open("wb") as file:
+        if file is not None:
+            file.write(header)
+        for _, tensor in tensors:
+            flat = whole(tensor.detach()).to("cpu").contiguous().reshape(-1)
+            if file is not None:
+                file.write(flat.view(torch.uint8).numpy().data)
+
+
+def _header(tensors: list[tuple[str, Any]], metadata: dict[str, str]) -> bytes:
+    """The beginning of a safetensors file: what lies where in the rest, by https://github.com/huggingface/safetensors."""
+    described: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in tensors:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if kind not in _KINDS:
+            raise ParamError(f"the model's {name} is of {kind}, which a safetensors file cannot hold: convert it")
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        described[name] = {"dtype": _KINDS[kind], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(described).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def load(path: str | Path, blueprint: Blueprint, specs: Specs | None = None) -> Any:
@@ -181,10 +225,10 @@ def _check_alike(own: dict[str, Any], shapes: dict[str, tuple[int, ...]], origin
             )
 
 
-def settle(module: Any, specs: Specs) -> None:
-    """Let a network that shapes itself by its first input do so."""
+def settle(module: Any, specs: Specs, device: str = "cpu") -> None:
+    """Let a network that shapes itself by its first input do so, where it is."""
     if any(_is_lazy(tensor) for tensor in weights_of(module).values()):
-        forward(module.eval(), example(specs))
+        forward(module.eval(), example(specs, device=device))
 
 
 def example(specs: Specs, rows: int = 1, device: Any = None) -> Any:

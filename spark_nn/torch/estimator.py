@@ -70,6 +70,8 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         Limits of the global batch's gradient (> 0), as ``torch.nn.utils.clip_grad_norm_`` and ``clip_grad_value_``.
     mixedPrecision : {"no", "bf16", "fp16"}, default ``"no"``
         What ``torch.autocast`` computes in; ``"fp16"`` scales the loss, and needs GPUs.
+    sharding : {"none", "fsdp"}, default ``"none"``
+        With ``"fsdp"`` each worker holds a part of the parameters, gradients and optimizer's state (see Notes).
     stopWhen : callable, optional
         Asked after every epoch, with the history so far, whether training is to end: a function of that alone, so that
         a training that goes on after a failure decides the same.
@@ -103,6 +105,10 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
     DistributedDataParallel would keep the first worker's.
 
     Row weights multiply each row's loss, whose sum is divided by the number of rows.
+
+    With ``sharding="fsdp"`` training is the same but for rounding, by PyTorch's ``fully_shard``, over NCCL between GPUs
+    and over Gloo between CPUs. Layers of a million elements and more are brought together one at a time, while they
+    compute. Every batch must use the same layers. With one worker there is nothing to divide.
 
     Examples
     --------
@@ -139,6 +145,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         clipGradNorm: float | None = None,
         clipGradValue: float | None = None,
         mixedPrecision: str = "no",
+        sharding: str = "none",
         stopWhen: Any = None,
         featuresCol: str = "features",
         inputCols: list[str] | None = None,
@@ -196,6 +203,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         clipGradNorm: float | None = None,
         clipGradValue: float | None = None,
         mixedPrecision: str = "no",
+        sharding: str = "none",
         stopWhen: Any = None,
         featuresCol: str = "features",
         inputCols: list[str] | None = None,
@@ -255,6 +263,13 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         for each in metrics.values() if isinstance(metrics, dict) else metrics:
             if isinstance(each, str):
                 check_metric(each)
+        if self.getSharding() == "fsdp" and self.getNumWorkers() > 1:
+            if self.getCollective() == "ring":
+                raise ParamError(
+                    "sharding='fsdp' with collective='ring': it exchanges by torch.distributed, so 'auto' or 'native'"
+                )
+            if self.getMixedPrecision() == "fp16":
+                raise ParamError("sharding='fsdp' with mixedPrecision='fp16': use 'bf16', whose loss needs no scaling")
         weighted = self.isDefined("weightCol") or self.isDefined("classWeights")
         check_loss(self.getLoss(), weighted=weighted, workers=self.getNumWorkers())
 
@@ -284,6 +299,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
             mixedPrecision=self.getMixedPrecision(),  # type: ignore[arg-type]
             stopWhen=given("stopWhen"),
             collective=self.getCollective(),  # type: ignore[arg-type]
+            sharding=self.getSharding(),  # type: ignore[arg-type]
             outputs=self.outputChoice(),
         )
         return TorchTrainer(schedule, recipe)

@@ -13,6 +13,7 @@ import torch
 from spark_nn.checkpoint import Place
 from spark_nn.gang.context import GangContext
 from spark_nn.report import Report
+from spark_nn.torch import codec
 from spark_nn.torch.averaging import Averager
 from spark_nn.torch.feed import Feed
 from spark_nn.torch.losses import Criterion
@@ -173,9 +174,20 @@ class Loop:
 
     def _validated(self, validation: Feed) -> dict[str, Any]:
         self.module.eval()
-        with torch.inference_mode(), self._autocast:
+        # What is made in inference mode may not take part in a backward pass later, and parameters are made anew.
+        looking = torch.no_grad() if self.averager.divided else torch.inference_mode()
+        with looking, self._autocast:
             for inputs, labels, weights, rows in validation.batches(0):
                 put_out = self.module(**inputs) if isinstance(inputs, dict) else self.module(inputs)
                 self.tally.add_loss(self.criterion(put_out, labels, weights), rows)
                 self.tally.add(put_out, labels)
+            if self.averager.divided:
+                self._keep_up(validation)
         return self._measured()
+
+    def _keep_up(self, validation: Feed) -> None:
+        """Go forward as often as the rank with the most batches, which needs this one's part of the network."""
+        steps = [int(each) for each in self.gang.collective.all_gather(b"%d" % validation.stream.passSteps)]
+        rows = codec.example(validation.specs, device=validation.device)
+        for _ in range(max(steps) - validation.stream.passSteps):
+            codec.forward(self.module, rows)

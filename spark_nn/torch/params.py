@@ -111,6 +111,12 @@ class TorchParams(TorchColumns, NetworkParams):
         "When the lrScheduler makes its step: after every 'epoch', or after every 'step' of the optimizer.",
         choice("lrSchedulerInterval", ("epoch", "step")),
     )
+    sharding: Param[str] = param(
+        "sharding",
+        "What of the network each worker holds: 'none' for all of it, or 'fsdp' for a part of every large layer, with "
+        "its gradients and the optimizer's state, for networks that one worker's memory cannot hold.",
+        choice("sharding", ("none", "fsdp")),
+    )
     clipGradNorm: Param[float] = param(
         "clipGradNorm",
         "Largest norm of the gradient of the global batch, all parameters together (> 0), as by "
@@ -138,7 +144,8 @@ class TorchParams(TorchColumns, NetworkParams):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._setDefault(optimizer="adam", optimizerParams={}, lrSchedulerInterval="epoch", mixedPrecision="no")
+        self._setDefault(optimizer="adam", optimizerParams={}, lrSchedulerInterval="epoch")
+        self._setDefault(mixedPrecision="no", sharding="none")
 
     def getOptimizerParams(self) -> dict[str, Any]:
         """Get :py:attr:`optimizerParams`."""
@@ -163,6 +170,14 @@ class TorchParams(TorchColumns, NetworkParams):
     def setLrSchedulerInterval(self: E, value: str) -> E:
         """Set :py:attr:`lrSchedulerInterval`."""
         return self._set(lrSchedulerInterval=value)
+
+    def getSharding(self) -> str:
+        """Get :py:attr:`sharding`."""
+        return self.getOrDefault(self.sharding)
+
+    def setSharding(self: E, value: str) -> E:
+        """Set :py:attr:`sharding`."""
+        return self._set(sharding=value)
 
     def getClipGradNorm(self) -> float:
         """Get :py:attr:`clipGradNorm`."""

@@ -8,20 +8,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard, empty
 
 from spark_nn.chance import STRIDE, random_state, set_random_state
-from spark_nn.checkpoint import Arrays, Checkpoints, Place
+from spark_nn.checkpoint import Arrays, Checkpoint, Checkpoints, Place
 from spark_nn.gang.context import GangContext
 from spark_nn.torch.metrics import Tally
 from spark_nn.torch.trees import pack, unpack
 
 _DIGEST = hashlib.sha256().digest_size
+# In place of an axis, of a tensor that belongs to divided ones and is not.
+_WHOLE = -1
 
 
 def start_alike(gang: GangContext, module: Any, seed: int) -> None:
-    """Give every rank rank 0's weights and buffers, and random numbers of its own."""
+    """Give every rank rank 0's weights and buffers, but for what is divided, and random numbers of its own."""
     for tensor in _tensors(module):
-        _broadcast(gang, tensor)
+        broadcast(gang, tensor)
     if gang.rank:
         # Dropout on every rank must drop something else; rank 0 draws what a single process would.
         torch.manual_seed((seed + gang.rank * STRIDE) % 2**63)
@@ -43,7 +46,7 @@ def settle_buffers(gang: GangContext, module: Any) -> None:
             with torch.no_grad():
                 buffer.copy_(torch.from_numpy(array))
         else:
-            _broadcast(gang, buffer)
+            broadcast(gang, buffer)
 
 
 def digest(tensors: Sequence[Any]) -> bytes:
@@ -55,7 +58,7 @@ def digest(tensors: Sequence[Any]) -> bytes:
 
 
 def weights_digest(module: Any) -> bytes:
-    """SHA-256 over the weights and buffers of a network."""
+    """SHA-256 over the weights and buffers of a network, but for what is divided among the ranks."""
     return digest(_tensors(module))
 
 
@@ -104,11 +107,19 @@ class Keeper:
             self.checkpoints.begin(0)
             return Place(0, 0)
         for number, tensor in enumerate(_parameters(self.module)):
-            self._take(tensor, found.arrays.get(f"weight-{number}"))
+            self._take(tensor, f"weight-{number}", found)
         tensors = []
-        for number, (dtype, shape) in enumerate(found.state["tensors"]):
-            tensors.append(torch.empty(shape, dtype=getattr(torch, dtype)))
-            self._take(tensors[-1], found.arrays.get(f"state-{number}"))
+        for number, (dtype, shape, axis) in enumerate(found.state["tensors"]):
+            kind = getattr(torch, dtype)
+            mesh = next((each.device_mesh for each in _parameters(self.module) if isinstance(each, DTensor)), None)
+            divided = axis is not None and axis >= 0
+            made = (
+                empty(*shape, dtype=kind, device_mesh=mesh, placements=[Shard(axis)])
+                if divided
+                else torch.empty(shape, dtype=kind)
+            )
+            self._take(made, f"state-{number}", found)
+            tensors.append(DTensor.from_local(made, mesh, [Replicate()]) if axis == _WHOLE else made)
         states = unpack(found.state["states"], tensors)
         for name, each in self.states.items():
             each.load_state_dict(states[name])
@@ -129,30 +140,37 @@ class Keeper:
             self._save(place)
 
     def _save(self, place: Place) -> None:
-        states, tensors = pack({name: each.state_dict() for name, each in self.states.items()})
+        states, held = pack({name: each.state_dict() for name, each in self.states.items()})
+        tensors = [each.full_tensor() if _axis(each) == _WHOLE else each for each in held]
         progress = self.gang.progress.state
         state = {
             "history": progress.history,
             "seconds": progress.seconds,
             "states": states,
-            "tensors": [[str(each.dtype).removeprefix("torch."), list(each.shape)] for each in tensors],
+            "tensors": [[str(each.dtype).removeprefix("torch."), list(each.shape), _axis(each)] for each in held],
         }
+        named = {f"weight-{number}": each for number, each in enumerate(_parameters(self.module))}
+        named.update({f"state-{number}": each for number, each in enumerate(tensors)})
+        # Each rank writes its parts of what is divided, as they are.
+        part = {name: _view(each) for name, each in named.items() if _axis(each) is not None}
         alike: Arrays = {}
         if self.gang.rank == 0:
-            alike = {f"weight-{number}": _bytes(each) for number, each in enumerate(_parameters(self.module))}
-            alike.update({f"state-{number}": _bytes(each) for number, each in enumerate(tensors)})
+            alike = {name: _bytes(each) for name, each in named.items() if name not in part}
         own = {f"buffer-{number}": _bytes(each) for number, each in enumerate(self.module.buffers())}
         own["tally"] = np.frombuffer(self.tally.state(), np.uint8)
         own["torch-state"] = torch.get_rng_state().numpy()
         if torch.cuda.is_available():
             own["cuda-state"] = torch.cuda.get_rng_state().numpy()
-        self.checkpoints.save(place, state, alike, {**own, **random_state()})
+        self.checkpoints.save(place, state, alike, {**own, **random_state()}, part)
 
-    def _take(self, tensor: Any, raw: np.ndarray | None) -> None:
-        """Fill a tensor with what rank 0 has read, on all ranks."""
-        if raw is not None:
-            _assign(tensor, raw)
-        _broadcast(self.gang, tensor)
+    def _take(self, tensor: Any, name: str, found: Checkpoint) -> None:
+        """Fill a tensor with what this rank has read, where it is divided, or else with what rank 0 has."""
+        if _axis(tensor) is not None:
+            _assign(tensor.detach().to_local(), found.part.pop(name))
+            return
+        if name in found.arrays:
+            _assign(tensor, found.arrays[name])
+        broadcast(self.gang, tensor)
 
 
 def _parameters(module: Any) -> list[Any]:
@@ -160,7 +178,21 @@ def _parameters(module: Any) -> list[Any]:
 
 
 def _tensors(module: Any) -> list[Any]:
-    return [*module.parameters(), *module.buffers()]
+    return [each for each in (*module.parameters(), *module.buffers()) if _axis(each) is None]
+
+
+def _axis(tensor: Any) -> int | None:
+    """The axis along which a tensor is divided over the ranks, `_WHOLE` where each has all of it, else None."""
+    if not isinstance(tensor, DTensor):
+        return None
+    return tensor.placements[0].dim if isinstance(tensor.placements[0], Shard) else _WHOLE
+
+
+def _view(tensor: Any) -> np.ndarray:
+    """The part of a tensor that this rank holds, where it lies if NumPy can see it there."""
+    flat = tensor.detach().to_local().contiguous().reshape(-1).cpu()
+    array: np.ndarray = flat.view(torch.uint8).numpy()
+    return array
 
 
 def _bytes(tensor: Any) -> np.ndarray:
@@ -177,7 +209,8 @@ def _assign(tensor: Any, raw: np.ndarray) -> None:
         tensor.copy_(torch.from_numpy(np.array(raw)).view(tensor.dtype).reshape(tensor.shape))
 
 
-def _broadcast(gang: GangContext, tensor: Any) -> None:
+def broadcast(gang: GangContext, tensor: Any) -> None:
+    """Overwrite a tensor with rank 0's."""
     if gang.world > 1 and tensor.numel():
         raw = _bytes(tensor)
         gang.collective.broadcast(raw)

@@ -63,6 +63,8 @@ class Recipe:
         Takes the history; whether training is to end.
     collective : {"auto", "ring", "native"}
         How gradients are averaged.
+    sharding : {"none", "fsdp"}
+        Whether each rank holds a part of the network only.
     outputs : Choice
         What the user says of the outputs.
     """
@@ -79,6 +81,7 @@ class Recipe:
     mixedPrecision: Precision
     stopWhen: Callable[[dict[str, list[Any]]], Any] | None
     collective: Literal["auto", "ring", "native"] = "auto"
+    sharding: Literal["none", "fsdp"] = "none"
     outputs: Choice = field(default_factory=Choice)
 
 
@@ -112,7 +115,7 @@ class TorchTrainer(Trainer):
         gang.progress.update(phase="import")
         import torch
 
-        from spark_nn.torch import averaging, sync
+        from spark_nn.torch import sync
         from spark_nn.torch.feed import Feed
         from spark_nn.torch.loop import Loop
         from spark_nn.torch.metrics import Tally
@@ -127,29 +130,26 @@ class TorchTrainer(Trainer):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         _check_precision(recipe.mixedPrecision, device.type)
         feed = Feed(data, device, self.schedule.classWeights)
-        module, put_out = self._build(gang, feed.specs, manifest.role("features"))
-        module.to(device)
+        module, put_out, opened = self._opened(gang, feed.specs, manifest.role("features"), device)
         check_labels(put_out, [tensor.key for tensor in manifest.role("label")])
         outputs = losses.describe(put_out, recipe.blueprint.loss)
         described = recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
-        sync.start_alike(gang, module, seed)
         criterion = losses.Criterion(recipe.blueprint.loss)
         criterion.to(device)
-        optimizer = _optimizer(recipe, module)
-        scheduler = _scheduler(recipe, optimizer)
         tally = Tally(recipe.blueprint.metrics, described, device)
-        scaler = torch.amp.GradScaler(device.type) if recipe.mixedPrecision == "fp16" else None
-        parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        states = {name: each for name, each in parts.items() if each is not None}
-        keeper = sync.Keeper(gang, checkpoints, module, states, tally, data.steps)
-        place = keeper.restore()
-        example = codec.example(feed.specs)
-        rows = (
-            {key: each.to(device) for key, each in example.items()} if isinstance(example, dict) else example.to(device)
-        )
-        events = self.events(gang, place.epoch, functools.partial(draw, module, rows))
-        report = Report(gang.progress, self.schedule.epochs, data.steps, data.rows * gang.world, place, events)
-        with averaging.averager(recipe.collective, module, gang.collective, gang.host, gang.timeout, rows) as averager:
+        with opened as averager:
+            optimizer = _optimizer(recipe, module)
+            scheduler = _scheduler(recipe, optimizer)
+            scaler = torch.amp.GradScaler(device.type) if recipe.mixedPrecision == "fp16" else None
+            parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+            states = {name: each for name, each in parts.items() if each is not None}
+            keeper = sync.Keeper(gang, checkpoints, module, states, tally, data.steps)
+            place = keeper.restore()
+            rows = codec.example(feed.specs, device=device)
+            # A divided network is drawn by nobody: all ranks would have to go through it with the one that draws.
+            drawing = None if averager.divided else functools.partial(draw, module, rows)
+            events = self.events(gang, place.epoch, drawing)
+            report = Report(gang.progress, self.schedule.epochs, data.steps, data.rows * gang.world, place, events)
             clock.append(time.monotonic())
             gang.progress.update(phase="trace")
             loop = Loop(
@@ -168,12 +168,35 @@ class TorchTrainer(Trainer):
             )
             held = None if validation is None else Feed(validation, device, {})
             loop.run(feed, held, place)
-        check_digests(gang, sync.weights_digest(module))
-        clock.append(time.monotonic())
-        gang.progress.update(phase="publish")
-        write = functools.partial(codec.save, module, inputs=feed.specs)
-        file, sha256 = publish(gang, write, codec.SUFFIX) if gang.rank == 0 else ("", "")
+            check_digests(gang, sync.weights_digest(module))
+            clock.append(time.monotonic())
+            gang.progress.update(phase="publish")
+            write = functools.partial(codec.save, module, inputs=feed.specs, whole=averager.whole)
+            file, sha256 = publish(gang, write, codec.SUFFIX) if gang.rank == 0 else ("", "")
+            if averager.divided and gang.rank:
+                write(None)  # what rank 0 writes, all bring together
         return report.trained(file, sha256, outputs, clock)
+
+    def _opened(self, gang: GangContext, specs: Specs, inputs: tuple[Tensor, ...], device: Any) -> tuple[Any, Any, Any]:
+        """The network, what it puts out for one row, and the block in which the ranks are kept alike."""
+        recipe, seed = self.recipe, self.schedule.seed
+        if recipe.sharding == "fsdp" and gang.world > 1:
+            from spark_nn.torch import sharding
+
+            module, put_out = (
+                (sharding.outline(recipe.blueprint, specs), {}) if gang.rank else self._build(gang, specs, inputs)
+            )
+            put_out = sharding.told(gang, put_out)
+            halves = recipe.mixedPrecision == "bf16"
+            return module, put_out, sharding.sharded(gang, module, specs, device, seed=seed, halves=halves)
+        from spark_nn.torch import averaging, sync
+
+        module, put_out = self._build(gang, specs, inputs)
+        module.to(device)
+        sync.start_alike(gang, module, seed)
+        rows = codec.example(specs, device=device)
+        averager = averaging.averager(recipe.collective, module, gang.collective, gang.host, gang.timeout, rows)
+        return module, put_out, averager
 
     def _build(self, gang: GangContext, specs: Specs, inputs: tuple[Tensor, ...]) -> tuple[Any, Any]:
         """The network with its first weights, and what it puts out for one row of its input."""

@@ -68,6 +68,7 @@ VALUES = {
     "clipGradNorm": 0.5,
     "clipGradValue": 0.25,
     "mixedPrecision": "bf16",
+    "sharding": "fsdp",
     "stopWhen": after_two,
     "failRank": 1,
     "stepSeconds": 0.5,

@@ -194,3 +194,67 @@ def not_a_module():
 
 def mlp_of(units):
     return mlp(units=units)
+
+
+def wide(units=1100):
+    """Layers of which one is large enough to be a group of its own, and whose parts are of different sizes."""
+    from torch import nn
+
+    return nn.Sequential(nn.Linear(3, units), nn.ReLU(), nn.Linear(units, 1001), nn.ReLU(), nn.Linear(1001, 1))
+
+
+def transformer(words=4201, width=256):
+    """A small transformer over three numbers as words, with dropout, a table, and a bias that is used twice."""
+    import torch
+    from torch import nn
+
+    class Transformer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(words, width)
+            self.register_buffer("places", torch.arange(3.0)[:, None] / 3, persistent=False)
+            layer = nn.TransformerEncoderLayer(width, 4, 2048, dropout=0.1, batch_first=True)
+            self.blocks = nn.TransformerEncoder(layer, 2)
+            self.norm = nn.LayerNorm(width)
+            self.tracked = nn.BatchNorm1d(width)
+            self.head = nn.Linear(width, 1)
+            self.again = nn.Linear(1, 1)
+            self.again.bias = self.head.bias
+
+        def forward(self, x):
+            found = self.words((x.clamp(0, 1) * 4000).long()) + self.places
+            return self.again(self.head(self.tracked(self.norm(self.blocks(found)).mean(1))))
+
+    return Transformer()
+
+
+def deep(layers, units):
+    """Layers of the same size."""
+    from torch import nn
+
+    inner = [layer for _ in range(layers) for layer in (nn.Linear(units, units), nn.ReLU())]
+    return nn.Sequential(nn.Linear(3, units), *inner, nn.Linear(units, 1))
+
+
+def scaled():
+    """A network with a weight that is a number, and a tensor that is neither weight nor buffer."""
+    import torch
+    from torch import nn
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+            self.shift = torch.ones(3)
+
+        def forward(self, x):
+            return ((x + self.shift) * self.scale).sum(1, keepdim=True)
+
+    return Scaled()
+
+
+def asked():
+    """A network that looks at its weights when it is made."""
+    net = line(3)
+    net.bias.data.fill_(net.weight.detach().max().item())
+    return net

@@ -276,6 +276,8 @@ REFUSED = [
     ({"optimizer": "lr_scheduler"}, "torch.optim has no class of this name; known are adadelta"),
     ({"metrics": ["acuracy"]}, "metrics='acuracy': torchmetrics has no metric of this name .did you mean 'accuracy'"),
     ({"metrics": {"m": "nonsense"}}, "metrics='nonsense': torchmetrics has no metric of this name; give one of"),
+    ({"sharding": "fsdp", "numWorkers": 2, "collective": "ring"}, "exchanges by torch.distributed, so 'auto'"),
+    ({"sharding": "fsdp", "numWorkers": 2, "mixedPrecision": "fp16"}, "use 'bf16', whose loss needs no scaling"),
     ({"inputCols": ["name"]}, "column 'name' holds string values, and PyTorch has no tensors of them"),
 ]
 

@@ -75,6 +75,19 @@ def test_gloo_loses_a_rank_and_goes_on(spark, store, undisturbed, tmp_path):
     no_rank_is_left()
 
 
+def test_a_divided_network_loses_a_rank_and_goes_on(spark, store, undisturbed, tmp_path):
+    """The ranks' parts of a checkpoint; and all of what a network may have, in one process's order."""
+    stage = disturbed(store, tmp_path / "mark", 1, 47, "auto").setSharding("fsdp")
+    model = stage.fit(rows(spark))
+    assert len(model.summary.restarts) == 1
+    for found, expected in zip(models.weights(model.model), undisturbed[0], strict=True):
+        expected = np.frombuffer(expected, found.dtype).reshape(found.shape)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    for name, values in undisturbed[1].items():
+        np.testing.assert_allclose(model.summary.history[name], values, rtol=1e-3, err_msg=name)
+    no_rank_is_left()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_loss_that_is_no_number_ends_the_fit_and_names_the_step(spark, store, workers):
     df = data(spark, 600).withColumn("label", F.expr("if(id = 500, 3e38, 0.0)"))

@@ -1,0 +1,80 @@
+"""What memory the workers of a PyTorch fit need: `python benchmarks/memory.py`.
+
+Each line is a fit with Adam on two workers: the network whole on each, and divided between them; and divided with a
+checkpoint amid the epoch. What counts is the most that a worker's process has held from where it has imported PyTorch
+to its end, as Linux counts it (VmHWM).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+from peers import session
+
+WIDTH = 4096
+
+
+def network(layers: int, folder: str) -> Any:
+    """So many layers of 17 million parameters; notes the memory of its process from now on."""
+    import os
+    import threading
+    import time
+    from pathlib import Path
+
+    from torch import nn
+
+    def highest() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+    noted = Path(folder) / f"{os.getpid()}"
+
+    def note(before: int) -> None:
+        while True:
+            noted.write_text(f"{(highest() - before) / 2**20:.0f}")
+            time.sleep(0.05)
+
+    if not noted.exists():
+        threading.Thread(target=note, args=(highest(),), daemon=True).start()
+        while not noted.exists():
+            time.sleep(0.01)
+    inner = [layer for _ in range(layers) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+    return nn.Sequential(nn.Linear(2, WIDTH), *inner, nn.Linear(WIDTH, 1))
+
+
+def main() -> None:
+    """Measure and print."""
+    from spark_nn import TorchEstimator
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12, help="layers of 17 million parameters (default: 12)")
+    arguments = parser.parse_args()
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # executors do not find this file
+    spark = session()
+    rows = spark.range(64).selectExpr("rand(1) AS a", "rand(2) AS b", "rand(3) AS label")
+    parameters = arguments.layers * WIDTH * (WIDTH + 1) + 4 * WIDTH + 1
+    print(f"{parameters:,} parameters, {parameters * 4 / 2**20:.0f} MB; Adam on two workers")
+    print(f"{'':32}{'MB on each worker':>20}{'of the whole':>15}{'seconds a step':>16}")
+    whole = 0.0
+    ways = {"whole": ("none", 0), "divided": ("fsdp", 0), "divided, with a checkpoint": ("fsdp", 2)}
+    for name, (sharding, interval) in ways.items():
+        with tempfile.TemporaryDirectory() as folder:
+            estimator = TorchEstimator(
+                model=network, modelParams={"layers": arguments.layers, "folder": folder}, loss="mse_loss",
+                inputCols=["a", "b"], numWorkers=2, batchSize=16, epochs=1, verbose=0, learningRate=1e-5,
+                sharding=sharding, checkpointInterval=interval,
+            )  # fmt: skip
+            seconds = estimator.fit(rows).summary.epochSeconds[0] / 4
+            peaks = sorted(int(each.read_text()) for each in Path(folder).iterdir())[-2:]
+        whole = whole or max(peaks)
+        print(f"{name:32}{'{} and {}'.format(*peaks):>20}{max(peaks) / whole:15.2f}{seconds:16.1f}", flush=True)
+    spark.stop()
+
+
+if __name__ == "__main__":
+    main()
