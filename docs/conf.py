@@ -16,7 +16,7 @@ copyright = "the authors of spark_nn. Apache License 2.0"
 version = release = spark_nn.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "numpydoc", "params"]
-exclude_patterns = ["_build", "_ext", "_static", "examples"]
+exclude_patterns = ["_build", "_ext", "examples"]
 
 # -- Pages: MyST Markdown, that GitHub shows too; notebooks with the outputs that were committed with them.
 myst_enable_extensions = ["colon_fence"]

@@ -90,7 +90,7 @@ def spec_of_a_deep_label():
 def cause(error, *, told):
     """What the driver makes of a gang that has left nothing."""
     gang = launch.Gang(SimpleNamespace(), 1)
-    with folder() as path:
+    with folder() as path, patch.object(launch, "_PATIENCE", 0.0):
         return gang._cause(RunDir(f"file://{path}"), error, told=told)
 
 
