@@ -19,7 +19,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "numpydoc", "params"]
 exclude_patterns = ["_build", "_ext", "examples"]
 
 # -- Pages: MyST Markdown, that GitHub shows too; notebooks with the outputs that were committed with them.
-myst_enable_extensions = ["colon_fence"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 
