@@ -28,22 +28,28 @@ pytestmark = pytest.mark.timeout(180)
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"(<!-- not run[^\n]*-->\n)?^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # Names that a page may use without importing them.
-GIVEN = {
+IMPORTED = {
     "F": F,
     "np": np,
     "pd": pd,
     "io": io,
     "spark_nn": spark_nn,
-    "KerasEstimator": spark_nn.KerasEstimator,
-    "KerasModel": spark_nn.KerasModel,
-    "TorchEstimator": spark_nn.TorchEstimator,
-    "TorchModel": spark_nn.TorchModel,
+    **{name: getattr(spark_nn, name) for name in ("KerasEstimator", "KerasModel", "TorchEstimator", "TorchModel")},
     "Pipeline": Pipeline,
     "VectorAssembler": VectorAssembler,
     "BinaryClassificationEvaluator": BinaryClassificationEvaluator,
     "CrossValidator": CrossValidator,
     "ParamGridBuilder": ParamGridBuilder,
 }
+# And what it may take for made, unless it makes its own.
+MADE = """
+def build():
+    import keras
+    return keras.Sequential([keras.layers.Dense(1)])
+
+df = spark.sql("SELECT id, rand(1) AS a, rand(2) AS b, rand(3) AS label FROM range(64)")
+net = KerasEstimator(model=build, loss="mse", inputCols=["a", "b"], verbose=0)
+"""
 
 
 def blocks(page):
@@ -70,7 +76,8 @@ def test_the_blocks_of_a_page_run(quiet, page):
     found = list(blocks(page))
     if find_spec("torch") is None and any("Torch" in code or "torch" in code for _, code, _ in found):
         pytest.skip("torch is not installed")
-    names = {"__name__": "__main__", "spark": quiet, **GIVEN}  # whose functions travel by value, as a script's do
+    names = {"__name__": "__main__", "spark": quiet, **IMPORTED}  # whose functions travel by value, as a script's do
+    exec(MADE, names)
     for line, code, shown in found:
         compiled = compile("\n" * (line - 1) + code, str(page), "exec")
         if not shown:
