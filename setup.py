@@ -86,6 +86,8 @@ EXTRAS = {
         "alembic>=1.13",
         # Examples that run on it.
         "jax>=0.10,<0.11",
+        # Checks docstrings.
+        "numpydoc>=1.8",
         "ruff>=0.15",
         "mypy>=1.18",
         "pandas-stubs>=2.2",
@@ -93,7 +95,13 @@ EXTRAS = {
         # Every public stage is held to its contract on Spark Connect too.
         *CONNECT,
     ],
-    "docs": ["sphinx>=8", "pydata-sphinx-theme>=0.16", "myst-parser>=4"],
+    "docs": [
+        "sphinx>=8",
+        "pydata-sphinx-theme>=0.16",
+        # Pages in Markdown, and notebooks with the outputs that were committed.
+        "myst-nb>=1.2",
+        "numpydoc>=1.8",
+    ],
 }
 
 setup(

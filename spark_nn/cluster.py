@@ -84,9 +84,9 @@ def run(
         only.
     dataset : pyspark.sql.DataFrame, optional
         The rows that ``ctx.batches`` gives, written once to the store as for a fit.
-    featuresCol, inputCols, inputs, labelCol, labels, weightCol
+    featuresCol, inputCols, inputs, labelCol, labels, weightCol : optional
         The columns, as the params of the estimators name them; ``labelCol=None`` for rows without a label.
-    handleInvalid, shuffle, seed, cache, storeUrl, useGpu, timeout, maxRetries, verbose, followLogs
+    handleInvalid, shuffle, seed, cache, storeUrl, useGpu, timeout, maxRetries, verbose, followLogs : optional
         As the params of the estimators. A function that is begun again finds in ``ctx.checkpoints`` what it has kept
         there.
     spark : pyspark.sql.SparkSession, optional

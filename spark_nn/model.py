@@ -67,7 +67,18 @@ class NeuralModel(Model, ModelParams, Stage):
     _fitted: Fitted | None = None
 
     def hasParam(self, paramName: str) -> bool:
-        """Whether the model has a param of this name."""
+        """Whether the model has a param of this name.
+
+        Parameters
+        ----------
+        paramName : str
+            The name.
+
+        Returns
+        -------
+        bool
+            True where it has.
+        """
         # The inherited one would evaluate the property `model`, and with it load the network.
         return isinstance(getattr(type(self), paramName, None), Param)
 
@@ -136,7 +147,18 @@ class NeuralModel(Model, ModelParams, Stage):
         return summary
 
     def getHistory(self) -> dict[str, list[Any]]:
-        """For each metric its value after each epoch of the fit, as ``summary.history``; raises as ``summary`` does."""
+        """For each metric its value after each epoch of the fit.
+
+        Returns
+        -------
+        dict of str to list
+            ``summary.history``.
+
+        Raises
+        ------
+        SparkNNError
+            There is no summary (:attr:`hasSummary` tells).
+        """
         return self.summary.history
 
     def evaluate(self, dataset: DataFrame) -> dict[str, Any]:

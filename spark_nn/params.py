@@ -198,6 +198,11 @@ class ModelParams(
     def inputColumns(self) -> dict[str, tuple[str, list[str]]]:
         """For each of the model's inputs, by its tensor's name, the param that names its columns, and the columns.
 
+        Returns
+        -------
+        dict of str to tuple
+            The param's name, or an entry of it, and the list of columns.
+
         Raises
         ------
         ParamError
@@ -221,6 +226,16 @@ class ModelParams(
     def inputTensors(self, schema: StructType) -> tuple[Tensor, ...]:
         """The model's inputs, as the DataFrame's columns make them.
 
+        Parameters
+        ----------
+        schema : pyspark.sql.types.StructType
+            The DataFrame's.
+
+        Returns
+        -------
+        tuple of Tensor
+            One for each input of the model.
+
         Raises
         ------
         ParamError
@@ -233,7 +248,25 @@ class ModelParams(
         )
 
     def labelTensors(self, schema: StructType) -> tuple[Tensor, ...]:
-        """What the model's outputs learn to predict, as the DataFrame's columns make it."""
+        """What the model's outputs learn to predict, as the DataFrame's columns make it.
+
+        Parameters
+        ----------
+        schema : pyspark.sql.types.StructType
+            The DataFrame's.
+
+        Returns
+        -------
+        tuple of Tensor
+            One for each output of the model.
+
+        Raises
+        ------
+        ParamError
+            Both labelCol and labels were set.
+        ColumnError
+            A column is missing, or holds no numbers.
+        """
         if not self.isSet("labels"):
             return (columns.label(schema, self.getLabelCol()),)
         if self.isSet("labelCol"):
@@ -247,12 +280,34 @@ class ModelParams(
         )
 
     def weightTensors(self, schema: StructType) -> tuple[Tensor, ...]:
-        """The weight of each row, none where no weightCol is set."""
+        """The weight of each row, none where no weightCol is set.
+
+        Parameters
+        ----------
+        schema : pyspark.sql.types.StructType
+            The DataFrame's.
+
+        Returns
+        -------
+        tuple of Tensor
+            One, or none.
+
+        Raises
+        ------
+        ColumnError
+            The column is missing, or holds no numbers.
+        """
         given = self.isDefined("weightCol") and self.getWeightCol()
         return (columns.weight(schema, self.getWeightCol()),) if given else ()
 
     def outputChoice(self) -> Choice:
-        """What the params say of the model's outputs."""
+        """What the params say of the model's outputs.
+
+        Returns
+        -------
+        Choice
+            Kinds, threshold and columns, as far as they are set.
+        """
         return Choice(
             kinds=self.getOutputKind(),
             threshold=self.getThreshold() if self.isSet("threshold") else None,

@@ -40,12 +40,24 @@ class Stage(MLReadable[Any], MLWritable):
     libraries: ClassVar[tuple[str, ...]] = ("spark_nn", "pyspark", "numpy")
 
     def write(self) -> MLWriter:
-        """Writer that saves this stage."""
+        """Writer that saves this stage.
+
+        Returns
+        -------
+        pyspark.ml.util.MLWriter
+            ``save(path)`` writes, ``overwrite().save(path)`` replaces what is there.
+        """
         return StageWriter(self)
 
     @classmethod
     def read(cls) -> MLReader[Any]:
-        """Reader that loads a stage of this class."""
+        """Reader that loads a stage of this class.
+
+        Returns
+        -------
+        pyspark.ml.util.MLReader
+            ``load(path)`` reads.
+        """
         return StageReader(cls)
 
     def _savedFiles(self) -> dict[str, ModelFile]:

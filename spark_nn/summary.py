@@ -120,10 +120,27 @@ class TrainingSummary:
         return summary_view.page(self)
 
     def toDict(self) -> dict[str, Any]:
-        """The summary as JSON can hold it."""
+        """The summary as JSON can hold it.
+
+        Returns
+        -------
+        dict
+            The fields by their names.
+        """
         return asdict(self)
 
     @classmethod
     def fromDict(cls, value: dict[str, Any]) -> TrainingSummary:
-        """The summary that :meth:`toDict` described."""
+        """The summary that :meth:`toDict` described.
+
+        Parameters
+        ----------
+        value : dict
+            What that returned.
+
+        Returns
+        -------
+        TrainingSummary
+            One that is equal.
+        """
         return cls(**value)

@@ -260,7 +260,18 @@ class Batches:
             yield from self.epoch(number)
 
     def epoch(self, number: int) -> Iterator[tuple[Any, ...]]:
-        """The batches of one epoch, counted from 0; to begin one ends the one before."""
+        """The batches of one epoch; to begin one ends the one before.
+
+        Parameters
+        ----------
+        number : int
+            The epoch, from 0: it decides the order of the rows.
+
+        Yields
+        ------
+        tuple of numpy.ndarray
+            Features, labels and weights of a batch, without what there is none of.
+        """
         self._progress.update(epochs=self._epochs.stop, epoch=number + 1, steps=self.steps, phase="training")
         for step, block in enumerate(self._stream.epoch(number), 1):
             self._progress.update(step=step)

@@ -80,6 +80,11 @@ class Saves:
     def restore(self, name: str = "checkpoint") -> bytes | Path | None:
         """The newest that this attempt or an earlier one has kept under a name, on every rank that asks.
 
+        Parameters
+        ----------
+        name : str, default ``"checkpoint"``
+            That under which it was kept.
+
         Returns
         -------
         bytes, Path or None

@@ -75,14 +75,14 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
     stopWhen : callable, optional
         Asked after every epoch, with the history so far, whether training is to end: a function of that alone, so that
         a training that goes on after a failure decides the same.
-    featuresCol, inputCols, inputs, labelCol, labels, weightCol, handleInvalid : optional
+    featuresCol, inputCols, inputs, labelCol, labels, weightCol : optional
         What is read, as in :class:`KerasEstimator`; strings are refused, since PyTorch has no tensors of them.
     predictionCol, probabilityCol, rawPredictionCol, outputKind, threshold, outputCols, predictBatchSize : optional
         What the model puts out, as there; ``"auto"`` goes by the loss (see Notes).
-    epochs, stepsPerEpoch, batchSize, numWorkers, shuffle, seed, classWeights, nonFiniteLoss : optional
+    validationFraction, validationIndicatorCol, handleInvalid : optional
+        What is held back and what left out, as there.
+    classWeights, epochs, stepsPerEpoch, batchSize, numWorkers, shuffle, seed, nonFiniteLoss : optional
         How training goes through the rows, as there.
-    validationFraction, validationIndicatorCol : optional
-        What is held back, as there.
     storeUrl, cache, collective, useGpu, timeout, maxRetries, checkpointInterval : optional
         How the gang runs, as there. ``collective="native"`` is DistributedDataParallel over NCCL between GPUs, and over
         Gloo between CPUs.

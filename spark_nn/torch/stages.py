@@ -19,6 +19,16 @@ class TorchColumns(ModelParams):
     def inputTensors(self, schema: StructType) -> tuple[Tensor, ...]:
         """The model's inputs, as the DataFrame's columns make them.
 
+        Parameters
+        ----------
+        schema : pyspark.sql.types.StructType
+            The DataFrame's.
+
+        Returns
+        -------
+        tuple of Tensor
+            One for each input of the model.
+
         Raises
         ------
         ColumnError
