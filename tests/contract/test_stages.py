@@ -228,6 +228,9 @@ def test_cross_validation_finds_the_best_and_saves_loads_and_overwrites(spark, s
     assert again.avgMetrics == model.avgMetrics
     assert [len(fold) for fold in again.subModels] == [2, 2]
     assert predictions(again.transform(df)) == predictions(model.transform(df))
+    (_, best), (_, loaded) = model.bestModel.stages, again.bestModel.stages
+    assert best.uid == loaded.uid == untrained.getStages()[1].uid
+    assert best.summary == loaded.summary
     # Whatever Spark makes of the loaded list, each fold's files are there.
     for fold, models in enumerate(model.subModels):
         path = str(tmp_path / "model" / "subModels" / f"fold{fold}" / "1")

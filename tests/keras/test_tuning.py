@@ -25,7 +25,7 @@ def data(spark):
     ]
     df = spark.range(0, 450, 1, 2).select("id", *columns)
     df = df.withColumn("label", F.expr("cast(a * b / 10 + 10 * c > 0 as int)"))
-    return df.withColumn("fold", F.expr("cast(id % 3 as int)")).cache()
+    return df.withColumn("fold", F.expr("cast(id % 2 as int)")).cache()
 
 
 def area_under_roc(scores, labels):
@@ -46,7 +46,7 @@ def by_hand(rows, rates, units):
     for rate in rates:
         for each in units:
             found = []
-            for held in range(3):
+            for held in range(2):
                 train, test = fold != held, fold == held
                 mean, deviation = x[train].mean(axis=0), x[train].std(axis=0, ddof=1)
                 scaled = ((x - mean) / deviation).astype(np.float32)
@@ -82,7 +82,7 @@ def test_cross_validation_of_a_pipeline_finds_what_a_loop_by_hand_finds(spark, s
         estimator=Pipeline(stages=[assembler, scaler, stage]),
         estimatorParamMaps=grid,
         evaluator=BinaryClassificationEvaluator(),
-        numFolds=3,
+        numFolds=2,
         foldCol="fold",
         parallelism=2,
     ).fit(df)
