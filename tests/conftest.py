@@ -41,9 +41,9 @@ def _own_temporary(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Put a file's tests that ask for a cluster last: to stop a session and to start another takes seconds."""
+    """Put a file's tests that ask for a session of their own last: to stop one and to start another takes seconds."""
     order = {path: place for place, path in enumerate(dict.fromkeys(item.path for item in items))}
-    items.sort(key=lambda item: (order[item.path], "cluster" in item.fixturenames))
+    items.sort(key=lambda item: (order[item.path], {"spark", "sessions"} & set(item.fixturenames) == {"sessions"}))
 
 
 class Sessions:

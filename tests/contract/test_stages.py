@@ -29,7 +29,7 @@ from tests.keras.models import mlp
 from tests.torch.models import line
 from tests.toy import ToyEstimator, ToyModel
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(300)
 
 every_estimator = pytest.mark.parametrize("stage", ESTIMATORS, ids=name_of)
 
