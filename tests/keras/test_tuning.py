@@ -103,7 +103,7 @@ def test_a_grid_of_keras_models_gives_those_of_separate_fits(spark, store):
     stage = KerasEstimator(
         model=models.mlp, loss="binary_crossentropy", inputCols=NAMES, batchSize=30, storeUrl=store, verbose=0
     )
-    maps = [{stage.optimizer: "sgd"}, {stage.modelParams: {"units": 5}}, {stage.epochs: 2, stage.batchSize: 50}]
+    maps = [{stage.optimizer: "sgd", stage.epochs: 2}, {stage.modelParams: {"units": 5}, stage.batchSize: 50}]
     for world in (1, 2):
         stage.setNumWorkers(world)
         grid = dict(stage.fitMultiple(df, maps))
