@@ -304,7 +304,7 @@ def test_pipelines_score_equal_to_the_bit_in_a_fresh_process(spark, kind, sessio
     if kind == "connect":  # a client of the same server
         environment["SPARK_REMOTE"] = sessions.address
     command = [sys.executable, "-c", SCRIPT, rows, *models]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     told = done.stdout.splitlines()
     assert told == [" ".join(type(each).__name__ for each in model.stages) for model in models.values()]
