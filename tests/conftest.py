@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -27,6 +28,22 @@ def pytest_configure(config):
     problem = javaProblem()
     if problem is not None:
         pytest.exit(problem, returncode=1)
+    if hasattr(config, "workerinput"):
+        _own_temporary(config)
+
+
+def _own_temporary(config):
+    """Give this process of several that test side by side a temporary directory, which no other leaves anything in."""
+    folder = tempfile.mkdtemp(prefix=f"{config.workerinput['workerid']}-")
+    os.environ["TMPDIR"] = folder
+    tempfile.tempdir = None  # what was found before
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items):
+    """Put a file's tests that ask for a session of their own last: to stop one and to start another takes seconds."""
+    order = {path: place for place, path in enumerate(dict.fromkeys(item.path for item in items))}
+    items.sort(key=lambda item: (order[item.path], {"spark", "sessions"} & set(item.fixturenames) == {"sessions"}))
 
 
 class Sessions:

@@ -5,10 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pyspark
 import pytest
-from pyspark.ml import Pipeline, PipelineModel
-from pyspark.ml.evaluation import RegressionEvaluator
-from pyspark.ml.feature import VectorAssembler
-from pyspark.ml.tuning import CrossValidator, ParamGridBuilder
 from pyspark.sql import functions as F
 
 from spark_nn.errors import ClusterError, ColumnError, DatasetError, ParamError, SparkNNError, StoreError
@@ -157,26 +153,6 @@ def test_columns_that_do_not_fit_what_was_trained_on_are_refused(spark, store):
         model.transform(arrays.withColumn("features", F.expr("array(0.5, 0.5)")))
     longs = arrays.withColumn("features", F.expr("transform(features, x -> bigint(x))"))
     assert model.transform(longs).collect()[0].prediction == model.transform(arrays).collect()[0].prediction
-
-
-def test_pipeline_cross_validation_saving_and_loading(spark, store, tmp_path):
-    df = data(spark, 400)
-    toy_stage = ToyEstimator(batchSize=20, verbose=0, storeUrl=store, epochs=3)
-    pipeline = Pipeline(stages=[VectorAssembler(inputCols=["a", "b"], outputCol="features"), toy_stage])
-    grid = ParamGridBuilder().addGrid(toy_stage.learningRate, [1e-6, 0.1]).build()
-    search = CrossValidator(
-        estimator=pipeline, estimatorParamMaps=grid, evaluator=RegressionEvaluator(), numFolds=2, seed=1
-    )
-    best = search.fit(df)
-    assert np.argmin(best.avgMetrics) == 1
-    model = best.bestModel
-    path = str(tmp_path / "model")
-    model.write().save(path)
-    model.write().overwrite().save(path)
-    loaded = PipelineModel.load(path)
-    assert loaded.stages[1].uid == toy_stage.uid
-    assert loaded.stages[1].summary == model.stages[1].summary
-    assert loaded.transform(df).collect() == model.transform(df).collect()
 
 
 def test_the_validation_column_decides_the_split(spark, store):

@@ -138,7 +138,7 @@ def test_several_maps_share_one_dataset_without_looking_again(spark, store, writ
 
 
 def grid(stage):
-    return ParamGridBuilder().addGrid(stage.learningRate, [1e-3, 1e-2, 0.05, 0.1]).build()
+    return ParamGridBuilder().addGrid(stage.learningRate, [1e-3, 0.1]).build()
 
 
 @pytest.mark.parametrize(("inside", "parallelism"), [("alone", 2), ("pipeline", 1)])
@@ -154,15 +154,15 @@ def test_cross_validation_writes_each_fold_once(spark, store, written, inside, p
         estimator=search,
         estimatorParamMaps=grid(stage),
         evaluator=RegressionEvaluator(),
-        numFolds=3,
+        numFolds=2,
         seed=1,
         parallelism=parallelism,
     )
     best = validator.fit(data(spark))
-    assert np.argmin(best.avgMetrics) == 3
-    assert len(written) == 4  # three folds, and all rows for the final fit
-    assert len({call[2].url for call in written}) == 4
-    assert len(list(Path(store).iterdir())) <= 1 + (inside == "alone") * 3
+    assert np.argmin(best.avgMetrics) == 1
+    assert len(written) == 3  # two folds, and all rows for the final fit
+    assert len({call[2].url for call in written}) == 3
+    assert len(list(Path(store).iterdir())) <= 1 + (inside == "alone") * 2
     shelf().clear()
     assert list(Path(store).iterdir()) == []
 
@@ -231,25 +231,14 @@ from tests.dataset.test_lease import data, estimator
 spark = SparkSession.builder.master("local[2]").config("spark.ui.enabled", "false").getOrCreate()
 estimator(sys.argv[1]).fit(data(spark))
 print("fitted", flush=True)
-if sys.argv[2] == "hang":
-    time.sleep(600)
+time.sleep(600)
 """
 
 
-def start(store, how):
-    command = [sys.executable, "-c", SCRIPT, store, how]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-
-def test_the_end_of_the_interpreter_removes_everything(store):
-    with start(store, "leave") as process:
-        assert process.stdout.readline() == "fitted\n"
-        assert process.wait(timeout=60) == 0
-    assert list(Path(store).iterdir()) == []
-
-
 def test_what_a_killed_driver_left_goes_at_the_next_start_when_it_is_old(spark, store):
-    with start(store, "hang") as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, store], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         assert process.stdout.readline() == "fitted\n"
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=60)

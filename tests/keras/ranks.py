@@ -31,7 +31,7 @@ ENVIRONMENT = {
 }
 BATCH = 12  # what 2 and 3 ranks share evenly, as they do the last, smaller batch
 ROWS = 5 * BATCH + 6
-SILENCE = 20.0  # seconds that a rank may keep the others waiting
+SILENCE = 60.0  # seconds that a rank may keep the others waiting
 
 
 @dataclass
@@ -295,7 +295,7 @@ class Ranks:
         assert not outcome.error, outcome.error
         return outcome
 
-    def _receive(self, pipes: list[Connection], seconds: float = 90.0) -> list[Any]:
+    def _receive(self, pipes: list[Connection], seconds: float = 110.0) -> list[Any]:
         """One message of each, within the time limit."""
         until, found = time.monotonic() + seconds, {}
         while len(found) < len(pipes):

@@ -138,7 +138,8 @@ if __name__ == "__main__":
 def test_a_model_can_be_given_as_a_function_of_a_script(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    (tmp_path / "store").mkdir()
+    store = tmp_path / "store"
+    store.mkdir()
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
@@ -147,3 +148,4 @@ def test_a_model_can_be_given_as_a_function_of_a_script(tmp_path):
     assert told["loaded"] == told["scored"]
     assert "function __main__:build, which another process could not import" in told["estimator"]
     assert "Halved (__main__:Halved): module not allowed" in told["without"]
+    assert list(store.iterdir()) == [], "the end of the interpreter removes everything"

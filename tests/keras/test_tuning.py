@@ -25,7 +25,7 @@ def data(spark):
     ]
     df = spark.range(0, 450, 1, 2).select("id", *columns)
     df = df.withColumn("label", F.expr("cast(a * b / 10 + 10 * c > 0 as int)"))
-    return df.withColumn("fold", F.expr("cast(id % 3 as int)")).cache()
+    return df.withColumn("fold", F.expr("cast(id % 2 as int)")).cache()
 
 
 def area_under_roc(scores, labels):
@@ -46,7 +46,7 @@ def by_hand(rows, rates, units):
     for rate in rates:
         for each in units:
             found = []
-            for held in range(3):
+            for held in range(2):
                 train, test = fold != held, fold == held
                 mean, deviation = x[train].mean(axis=0), x[train].std(axis=0, ddof=1)
                 scaled = ((x - mean) / deviation).astype(np.float32)
@@ -82,7 +82,7 @@ def test_cross_validation_of_a_pipeline_finds_what_a_loop_by_hand_finds(spark, s
         estimator=Pipeline(stages=[assembler, scaler, stage]),
         estimatorParamMaps=grid,
         evaluator=BinaryClassificationEvaluator(),
-        numFolds=3,
+        numFolds=2,
         foldCol="fold",
         parallelism=2,
     ).fit(df)
@@ -103,7 +103,7 @@ def test_a_grid_of_keras_models_gives_those_of_separate_fits(spark, store):
     stage = KerasEstimator(
         model=models.mlp, loss="binary_crossentropy", inputCols=NAMES, batchSize=30, storeUrl=store, verbose=0
     )
-    maps = [{stage.optimizer: "sgd"}, {stage.modelParams: {"units": 5}}, {stage.epochs: 2, stage.batchSize: 50}]
+    maps = [{stage.optimizer: "sgd", stage.epochs: 2}, {stage.modelParams: {"units": 5}, stage.batchSize: 50}]
     for world in (1, 2):
         stage.setNumWorkers(world)
         grid = dict(stage.fitMultiple(df, maps))
