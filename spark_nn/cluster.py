@@ -15,6 +15,7 @@ from spark_nn.converters import boolean, choice, integer
 from spark_nn.dataset.lease import Source
 from spark_nn.dataset.materialize import Spec, check_count
 from spark_nn.errors import ParamError
+from spark_nn.gang.board import Board
 from spark_nn.gang.launch import Gang
 from spark_nn.params import TrainingParams
 from spark_nn.ranks import jax, tensorflow, torch, values
@@ -52,6 +53,7 @@ def run(
     timeout: float = 600.0,
     maxRetries: int = 3,
     verbose: int = 1,
+    followLogs: bool = False,
     spark: SparkSession | None = None,
 ) -> Any:
     """Run a function of your own on a gang of Spark tasks, and return what it returns on the first of them.
@@ -84,7 +86,7 @@ def run(
         The rows that ``ctx.batches`` gives, written once to the store as for a fit.
     featuresCol, inputCols, inputs, labelCol, labels, weightCol
         The columns, as the params of the estimators name them; ``labelCol=None`` for rows without a label.
-    handleInvalid, shuffle, seed, cache, storeUrl, useGpu, timeout, maxRetries, verbose
+    handleInvalid, shuffle, seed, cache, storeUrl, useGpu, timeout, maxRetries, verbose, followLogs
         As the params of the estimators. A function that is begun again finds in ``ctx.checkpoints`` what it has kept
         there.
     spark : pyspark.sql.SparkSession, optional
@@ -136,6 +138,7 @@ def run(
         "timeout": timeout,
         "maxRetries": maxRetries,
         "verbose": verbose,
+        "followLogs": followLogs,
     }
     params = _RunParams()
     params._set(**{name: value for name, value in given.items() if value is not None})
@@ -150,16 +153,21 @@ def run(
     spec = None if dataset is None else params.spec(dataset.schema, labelled=labels is not None or labelCol is not None)
     with ExitStack() as stack:
         folder = stack.enter_context(RunDir.open(store))
+        board = Board({folder.url: ""}, verbose=params.getVerbose(), followLogs=params.getFollowLogs())
+        stack.enter_context(board)
         home = gang.home(room.VARIABLES, room.PRELOAD)
         gang.warm(home)
         reading = None
         if dataset is not None and spec is not None:
+            board.phase("materializing rows")
             leased = stack.enter_context(Source(dataset)).lease(spec, store)
             check_count(leased.manifest, spec, cast.readers)
             reading = Reading(leased.run, spec.seed, spec.shuffle, params.getCache())  # type: ignore[arg-type]
         task = RankTask(function, args, cast, framework, reading)
-        outcome = gang.run(task, folder, home=home, verbose=params.getVerbose())
-        return values.fetched(folder, outcome.value)
+        outcome = gang.run(task, folder, home=home, board=board)
+        value = values.fetched(folder, outcome.value)
+        board.done(folder.url)
+        return value
 
 
 class _RunParams(TrainingParams):

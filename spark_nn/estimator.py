@@ -11,7 +11,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pyspark.ml.base import Estimator
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from pyspark.sql.types import StructType
 
 M = TypeVar("M", bound="NeuralModel")
+# Of a param's value in the label of a fit.
+_LETTERS = 24
 
 
 class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
@@ -87,9 +89,10 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
             A map holds what cannot be; nothing has been started.
         """
         estimators = [self.copy(each) for each in paramMaps]
-        return Fits(dataset, [each._checked(dataset) for each in estimators])
+        labels = _labels(paramMaps)
+        return Fits(dataset, [each._checked(dataset, label) for each, label in zip(estimators, labels, strict=True)])
 
-    def _checked(self, dataset: DataFrame) -> _Fit[M]:
+    def _checked(self, dataset: DataFrame, label: str = "") -> _Fit[M]:
         """The fit of this estimator on a DataFrame, after all that can be wrong before anything is started."""
         began = time.monotonic()
         self.checkTrainingParams()
@@ -102,7 +105,7 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         gang = Gang(dataset.sparkSession, world, self.getTimeout(), self.getMaxRetries(), gpus, others)
         gang.check()
         store = store_url(dataset.sparkSession, self.getStoreUrl() if self.isDefined("storeUrl") else None)
-        return _Fit(self, gang, store, spec, schedule, began, time.monotonic() - began)
+        return _Fit(self, label, gang, store, spec, schedule, began, time.monotonic() - began)
 
     def _modelOf(self, trained: Trained, file: ModelFile, manifest: Manifest, summary: TrainingSummary) -> M:
         """The model that training gave."""
@@ -147,11 +150,31 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         )
 
 
+def _labels(paramMaps: Sequence[ParamMap]) -> list[str]:
+    """What tells the models of param maps from each other, for those who watch them being trained."""
+    if len(paramMaps) == 1:
+        return [""]
+    values = [{param.name: _short(value) for param, value in each.items()} for each in paramMaps]
+    names = dict.fromkeys(name for each in values for name in each)
+    told = [name for name in names if len({each.get(name) for each in values}) > 1]
+    return [
+        " ".join([f"{place}/{len(values)}", *(f"{name}={each[name]}" for name in told if name in each)])
+        for place, each in enumerate(values, 1)
+    ]
+
+
+def _short(value: Any) -> str:
+    """A param's value in a few letters."""
+    text = getattr(value, "__name__", None) or repr(value)
+    return text if len(text) <= _LETTERS else text[: _LETTERS - 1] + "…"
+
+
 @dataclass(frozen=True)
 class _Fit(Generic[M]):
     """A fit (see :class:`~spark_nn.fits.Fit`): the estimator's side of it."""
 
     estimator: NeuralEstimator[M]
+    label: str
     gang: Gang
     store: str
     spec: Spec
@@ -162,6 +185,10 @@ class _Fit(Generic[M]):
     @property
     def verbose(self) -> int:
         return self.estimator.getVerbose()
+
+    @property
+    def followLogs(self) -> bool:
+        return self.estimator.getFollowLogs()
 
     def trainer(self, run: RunDir) -> Trainer:
         return self.estimator._trainer(self.schedule, run)

@@ -16,6 +16,7 @@ from spark_nn.dataset.lease import Dataset, Source
 from spark_nn.dataset.manifest import Manifest
 from spark_nn.dataset.materialize import Spec, check_count
 from spark_nn.errors import SparkNNError
+from spark_nn.gang.board import Board
 from spark_nn.gang.launch import Gang, Job, Outcome
 from spark_nn.store import RunDir
 from spark_nn.trainer import Trainer
@@ -43,8 +44,16 @@ class Fit(Protocol[M_co]):
         """What it wants of the rows."""
 
     @property
+    def label(self) -> str:
+        """What tells it from the other fits of the call, for those who watch."""
+
+    @property
     def verbose(self) -> int:
         """How to show progress."""
+
+    @property
+    def followLogs(self) -> bool:
+        """Whether to show what the ranks print."""
 
     def trainer(self, run: RunDir) -> Trainer:
         """What travels to the gang; large parts are left as files in the run directory."""
@@ -110,39 +119,43 @@ class Fits(Generic[M]):
 
 def _train(dataset: DataFrame, fits: Sequence[Fit[M]]) -> Iterator[tuple[int, M | SparkNNError]]:
     """The place of a fit and its model, or the error that it ended with."""
-    together: dict[tuple[Gang, str, int], dict[int, Fit[M]]] = {}
+    together: dict[tuple[Gang, str, int, bool], dict[int, Fit[M]]] = {}
     for place, fit in enumerate(fits):
-        together.setdefault((fit.gang, fit.store, fit.verbose), {})[place] = fit
+        together.setdefault((fit.gang, fit.store, fit.verbose, fit.followLogs), {})[place] = fit
     with Source(dataset) as source:
-        for (gang, store, verbose), group in together.items():
-            yield from _train_together(source, gang, store, verbose, group)
+        for group in together.values():
+            with RunDir.open(next(iter(group.values())).store) as run:
+                yield from _train_together(source, run, group)
 
 
-def _train_together(
-    source: Source, gang: Gang, store: str, verbose: int, fits: Mapping[int, Fit[M]]
-) -> Iterator[tuple[int, M | SparkNNError]]:
-    with RunDir.open(store) as run:
-        runs = {place: run.below(f"fit-{place}") if len(fits) > 1 else run for place in fits}
+def _train_together(source: Source, run: RunDir, fits: Mapping[int, Fit[M]]) -> Iterator[tuple[int, M | SparkNNError]]:
+    runs = {place: run.below(f"fit-{place}") if len(fits) > 1 else run for place in fits}
+    any_fit = next(iter(fits.values()))
+    gang, labels = any_fit.gang, {runs[place].url: fit.label for place, fit in fits.items()}
+    with Board(labels, verbose=any_fit.verbose, followLogs=any_fit.followLogs) as board:
         trainers: dict[int, Trainer] = {}
         for place, fit in fits.items():
             try:
                 run.mkdir(runs[place].url.removeprefix(run.url).strip("/"))
                 trainers[place] = fit.trainer(runs[place])
             except SparkNNError as error:
+                board.done(runs[place].url, failed=True)
                 yield place, error
         if not trainers:
             return
         first = next(iter(trainers.values()))
         home = gang.home(first.environment, first.preload)
         gang.warm(home, len(trainers))  # the executors import the framework while the rows are written
+        board.phase("materializing rows")
         data: dict[int, Dataset] = {}
         seconds: dict[int, float] = {}
         for place in trainers:
             began = time.monotonic()
             try:
-                leased = source.lease(fits[place].spec, store)
+                leased = source.lease(fits[place].spec, any_fit.store)
                 check_count(leased.manifest, fits[place].spec, gang.world)
             except SparkNNError as error:
+                board.done(runs[place].url, failed=True)
                 yield place, error
                 continue
             data[place], seconds[place] = leased, time.monotonic() - began
@@ -151,13 +164,13 @@ def _train_together(
             Job(runs[place], functools.partial(trainers[place], data=data[place].run), trainers[place].apart)
             for place in places
         ]
-        for index, outcome in gang.runAll(jobs, run, home=home, verbose=verbose):
+        for index, outcome in gang.runAll(jobs, run, home=home, board=board):
             place = places[index]
-            if isinstance(outcome, SparkNNError):
-                yield place, outcome
-                continue
             try:
+                if isinstance(outcome, SparkNNError):
+                    raise outcome
                 result: M | SparkNNError = fits[place].model(outcome, runs[place], data[place].manifest, seconds[place])
             except SparkNNError as error:
                 result = error
+            board.done(runs[place].url, failed=isinstance(result, SparkNNError))
             yield place, result

@@ -415,9 +415,15 @@ class TrainingParams(ModelParams, RunningParams, HasValidationIndicatorCol, HasS
     )
     verbose: Param[int] = param(
         "verbose",
-        "Progress on the driver's standard error: 0 none, 1 a line per epoch and on a terminal a live bar, 2 a line "
-        "per epoch only.",
+        "Progress on the driver's standard error: 0 none, 1 a live bar on a terminal or in a notebook and elsewhere a "
+        "line per epoch, 2 a line per epoch everywhere.",
         choice("verbose", (0, 1, 2)),
+    )
+    followLogs: Param[bool] = param(
+        "followLogs",
+        "Whether what the workers print appears on the driver's standard error while they train, a second or two "
+        "later, each line after its worker's number, such as '[rank 1] '.",
+        boolean("followLogs"),
     )
 
     def __init__(self, *args: Any) -> None:
@@ -433,6 +439,7 @@ class TrainingParams(ModelParams, RunningParams, HasValidationIndicatorCol, HasS
             nonFiniteLoss="error",
             cache="auto",
             verbose=1,
+            followLogs=False,
         )
 
     def getClassWeights(self) -> dict[int, float]:
@@ -538,6 +545,14 @@ class TrainingParams(ModelParams, RunningParams, HasValidationIndicatorCol, HasS
     def setVerbose(self: P, value: int) -> P:
         """Set :py:attr:`verbose`."""
         return self._set(verbose=value)
+
+    def getFollowLogs(self) -> bool:
+        """Get :py:attr:`followLogs`."""
+        return self.getOrDefault(self.followLogs)
+
+    def setFollowLogs(self: P, value: bool) -> P:
+        """Set :py:attr:`followLogs`."""
+        return self._set(followLogs=value)
 
     def checkTrainingParams(self) -> None:
         """Check the params that only together can be wrong.

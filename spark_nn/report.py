@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spark_nn.checkpoint import Place
-from spark_nn.gang.progress import Reporter
+from spark_nn.gang.progress import INTERVAL, Reporter
 from spark_nn.trainer import Trained
 
 
@@ -36,37 +36,65 @@ class Report:
         self.steps = steps
         self.place = place
         self.first_batch: float | None = None
+        self._busy = 0.0
+        self._since = 0.0  # when the training that is not yet in it began
+        self._looked = 0.0
         progress.update(epochs=epochs, steps=steps, rows=rows)
+
+    @property
+    def due(self) -> bool:
+        """Whether the driver should be told the loss so far: to read it may wait for a GPU, so not of every step."""
+        return self.progress.heard and time.monotonic() >= self._looked + INTERVAL
 
     def begin_epoch(self, epoch: int) -> None:
         """Start the clock of an epoch, counted from 0."""
-        self.began = time.monotonic()
+        self.began = self._since = time.monotonic()
         self.spent: float | None = None
         self.first = self.place.step if epoch == self.place.epoch else 0
-        self.progress.update(epoch=epoch + 1, step=self.first)
+        self.progress.update(epoch=epoch + 1, step=self.first, loss=None)
 
-    def end_step(self, done: int) -> None:
-        """Tell the steps that are done in this epoch."""
+    def end_step(self, done: int, loss: float | None = None) -> None:
+        """Tell the steps that are done in this epoch.
+
+        Parameters
+        ----------
+        done : int
+            How many.
+        loss : float or None
+            Mean loss of the epoch so far, over this rank's rows, where it was :attr:`due`.
+        """
+        now = time.monotonic()
+        changes: dict[str, Any] = {}
+        if loss is not None:
+            self._looked = now
+            changes["loss"] = float(loss)
         if self.first_batch is None:
-            self.first_batch = time.monotonic()
-            self.progress.update(phase="training")
-        self.progress.update(step=min(done, self.steps))
+            self.first_batch = self._since = now  # what is traced before is no rate to go by
+            changes["phase"] = "training"
+        self.progress.update(step=min(done, self.steps), busy=self._busy + now - self._since, **changes)
 
     def begin_validation(self) -> None:
         """Stop the epoch's clock, as what follows is no training."""
-        self.spent = time.monotonic() - self.began
+        now = time.monotonic()
+        self.spent = now - self.began
+        self._busy += now - self._since
         self.progress.update(phase="validating")
 
     def end_epoch(self, logs: Mapping[str, Any]) -> None:
         """Tell the epoch's logs and how long it took."""
-        spent = time.monotonic() - self.began if self.spent is None else self.spent
+        now = time.monotonic()
+        if self.spent is None:
+            pause, spent = 0.0, now - self.began
+            self._busy += now - self._since
+        else:
+            pause, spent = now - self.began - self.spent, self.spent
         # An epoch that another attempt began took as long as its rest suggests.
         spent *= self.steps / (self.steps - self.first)
         history = {name: list(values) for name, values in self.progress.state.history.items()}
         for name, value in logs.items():
             history.setdefault(name, []).append(value)
         seconds = [*self.progress.state.seconds, spent]
-        self.progress.update(history=history, seconds=seconds, phase="training")
+        self.progress.update(history=history, seconds=seconds, phase="training", pause=pause)
 
     def trained(self, file: str, sha256: str, outputs: dict[str, dict[str, Any]], clock: Sequence[float]) -> Trained:
         """What the training gave.

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,53 @@ class TrainingSummary:
         losses = self.history.get("val_loss") or self.history.get("loss") or []
         known = [(loss, epoch) for epoch, loss in enumerate(losses, 1) if not math.isnan(loss)]
         return min(known)[1] if known else None
+
+    def toPandas(self) -> pd.DataFrame:
+        """The history as a table: a row per epoch, with its number as ``epoch``, ``seconds``, and every metric.
+
+        A metric that has a value per class is a column of lists; what an epoch does not have is NaN.
+        """
+        from spark_nn import summary_view
+
+        return summary_view.table(self)
+
+    def plot(self, metrics: Sequence[str] | None = None, ax: Any = None) -> Any:
+        """Draw the history by matplotlib: ``loss`` with ``val_loss``, and a panel of its own for each other metric.
+
+        Parameters
+        ----------
+        metrics : sequence of str, optional
+            Which metrics, by the names they have in training; what validation says of each is drawn with it. Default:
+            all that are a number per epoch.
+        ax : matplotlib.axes.Axes or sequence of them, optional
+            Where to draw: all of them on one, or each on its own. Default: a new figure.
+
+        Returns
+        -------
+        list of matplotlib.axes.Axes
+            The panels, in the order of the metrics.
+
+        Raises
+        ------
+        ParamError
+            A metric is not in the history, or there are fewer axes than metrics.
+        ImportError
+            matplotlib is not installed.
+        """
+        from spark_nn import summary_view
+
+        return summary_view.plot(self, metrics, ax)
+
+    def __str__(self) -> str:
+        from spark_nn import summary_view
+
+        return summary_view.text(self)
+
+    def _repr_html_(self) -> str:
+        """The summary as notebooks show it."""
+        from spark_nn import summary_view
+
+        return summary_view.page(self)
 
     def toDict(self) -> dict[str, Any]:
         """The summary as JSON can hold it."""

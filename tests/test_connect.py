@@ -197,3 +197,17 @@ def test_a_function_of_ones_own_runs_on_a_gang(connect, store):
     )
     assert (world, seen) == (2, 20)
     assert array.tolist() == [1, 1]
+
+
+def speaks(ctx):
+    print(f"here is {ctx.rank}")  # noqa: T201
+    ctx.report(loss=0.5)
+
+
+def test_progress_and_what_ranks_print_come_to_the_client(connect, store, capsys):
+    spark_nn.run(speaks, numWorkers=2, storeUrl=store, verbose=2, followLogs=True, spark=connect)
+    lines = capsys.readouterr().err.splitlines()
+    assert {"report 1  loss 0.5000", "[rank 0] here is 0", "[rank 1] here is 1"} <= set(lines)
+    estimator(store, numWorkers=2, epochs=2, verbose=1).fit(data(connect))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("epoch", "["))]
+    assert [line.partition("  ")[0] for line in told] == ["epoch 1/2", "epoch 2/2"]

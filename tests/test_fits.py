@@ -141,7 +141,8 @@ def test_an_iterator_that_is_dropped_leaves_nothing(spark, store):
 
 def test_progress_says_which_model_it_is_of(spark, store, capsys):
     stage = estimator(store)
-    list(stage.setVerbose(2).fitMultiple(data(spark), [{stage.epochs: 2}, {}]))
+    maps = [{stage.epochs: 2, stage.seed: 5}, {stage.seed: 5, stage.learningRate: 0.2}]
+    list(stage.setVerbose(2).fitMultiple(data(spark), maps))
     lines = capsys.readouterr().err.splitlines()
-    told = sorted(line.partition("  ")[0] for line in lines if line.startswith("model"))
-    assert told == ["model 1 of 2: epoch 1/2", "model 1 of 2: epoch 2/2", "model 2 of 2: epoch 1/1"]
+    told = sorted(line.partition("  ")[0] for line in lines if line.startswith("["))
+    assert told == ["[1/2 epochs=2] epoch 1/2", "[1/2 epochs=2] epoch 2/2", "[2/2 learningRate=0.2] epoch 1/1"]

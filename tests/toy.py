@@ -15,6 +15,7 @@ from spark_nn.converters import integer, number, param
 from spark_nn.errors import ParamError
 from spark_nn.estimator import NeuralEstimator
 from spark_nn.model import NeuralModel
+from spark_nn.report import Report
 from spark_nn.trainer import Trained, Trainer, check_digests, publish
 
 
@@ -80,19 +81,20 @@ class ToyTrainer(Trainer):
     def train(self, gang, manifest, data, validation, checkpoints):
         (width,) = manifest.tensor("features").shape
         toy = Toy(np.zeros(width + 1))
-        gang.progress.update(epochs=self.schedule.epochs, steps=data.steps, rows=data.rows * gang.world)
         if gang.rank == 0 and self.failingWrites:
             refuse(gang.run.fs, self.failingWrites)
-        history, seen, place = {"loss": [], "rows": []}, np.zeros(2), Place(0, 0)
+        seen, place = np.zeros(2), Place(0, 0)
         if (found := checkpoints.restore()) is not None:
-            place, history, seen = found.place, found.state["history"], found.own["seen"]
+            place, seen = found.place, found.own["seen"]
+            gang.progress.update(history=found.state["history"])
             toy.weights[:] = np.frombuffer(bytes.fromhex(found.state["weights"]))
         checkpoints.begin(place.epoch * data.steps + place.step)
+        report = Report(gang.progress, self.schedule.epochs, data.steps, data.rows * gang.world, place)
         for epoch in range(place.epoch, self.schedule.epochs):
-            began = time.monotonic()
+            report.begin_epoch(epoch)
             start = place.step if epoch == place.epoch else 0
             for step, block in enumerate(data.epoch(epoch, start=start), start + 1):
-                gang.progress.update(phase="training", epoch=epoch + 1, step=step)
+                report.end_step(step, seen[0] / seen[1] if seen[1] else None)
                 if gang.rank == self.failRank and step == 3:
                     raise ValueError("the toy broke on purpose")
                 x, y = block["features"].astype(np.float64), block["label"].astype(np.float64)
@@ -103,22 +105,19 @@ class ToyTrainer(Trainer):
                 if self.stepSeconds:
                     time.sleep(self.stepSeconds)
                 if checkpoints.due(epoch * data.steps + step) and step < data.steps:
-                    state = {"history": history, "weights": toy.weights.tobytes().hex()}
+                    state = {"history": gang.progress.state.history, "weights": toy.weights.tobytes().hex()}
                     ballast = np.ones(self.ballast, np.uint8)
                     checkpoints.save(Place(epoch, step), state, {"ballast": ballast}, {"seen": seen})
             gang.collective.all_reduce(seen)
-            history["loss"].append(seen[0] / seen[1])
-            history["rows"].append(seen[1])
+            report.end_epoch({"loss": seen[0] / seen[1], "rows": seen[1]})
             seen = np.zeros(2)
-            seconds = [*gang.progress.state.seconds, time.monotonic() - began]
-            gang.progress.update(history=history, seconds=seconds)
         check_digests(gang, toy.weights.tobytes())
         name, sha256 = publish(gang, lambda path: np.save(path, toy.weights), ".npy") if gang.rank == 0 else ("", "")
         return Trained(
             file=name,
             sha256=sha256,
             outputs={"": {"kind": "regression", "shape": [1], "logits": False}},
-            history=history,
+            history=gang.progress.state.history,
             rowsPerSecond=gang.progress.state.rowsPerSecond,
             epochSeconds=gang.progress.state.seconds,
         )

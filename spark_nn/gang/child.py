@@ -59,6 +59,8 @@ def _settle(order: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(order["environment"])
     tempfile.tempdir = None
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # the driver may follow what is printed
     np.random.seed()  # forks would all draw the same numbers; Python's own generator sees to itself
 
 

@@ -8,7 +8,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,10 @@ import cloudpickle
 from pyspark import inheritable_thread_target
 
 from spark_nn.errors import ClusterError, ParamError, SparkNNError, StoreError, TrainingError
+from spark_nn.gang.board import Board
 from spark_nn.gang.context import CARDS, RESULT, GangContext, attempt_folder
 from spark_nn.gang.failure import FOLDER, Failure, first_failure
 from spark_nn.gang.job import SparkJob
-from spark_nn.gang.progress import Display
 from spark_nn.gang.worker import GangTask, Home, LoneTasks, WarmTask, Work
 from spark_nn.store import RunDir
 
@@ -176,7 +175,12 @@ class Gang:
         threading.Thread(target=inheritable_thread_target(self.spark)(warm), name="spark_nn-warm", daemon=True).start()
 
     def run(
-        self, function: Callable[[GangContext], Any], run: RunDir, *, home: Home | None = None, verbose: int = 0
+        self,
+        function: Callable[[GangContext], Any],
+        run: RunDir,
+        *,
+        home: Home | None = None,
+        board: Board | None = None,
     ) -> Outcome:
         """Run a function on every rank, and again where a machine fails.
 
@@ -188,8 +192,8 @@ class Gang:
             The run directory.
         home : Home, optional
             What the ranks' processes need.
-        verbose : {0, 1, 2}
-            How to show progress (see :class:`~spark_nn.gang.progress.Display`).
+        board : Board, optional
+            Where to show progress.
 
         Returns
         -------
@@ -201,13 +205,13 @@ class Gang:
         TrainingError
             A rank failed; it carries the rank, the host, what it was doing and the original traceback.
         """
-        ((_, outcome),) = self.runAll([Job(run, function)], run, home=home, verbose=verbose)
+        ((_, outcome),) = self.runAll([Job(run, function)], run, home=home, board=board)
         if isinstance(outcome, SparkNNError):
             raise outcome
         return outcome
 
     def runAll(
-        self, jobs: Sequence[Job], run: RunDir, *, home: Home | None = None, verbose: int = 0
+        self, jobs: Sequence[Job], run: RunDir, *, home: Home | None = None, board: Board | None = None
     ) -> Iterator[tuple[int, Outcome | SparkNNError]]:
         """Run several functions in one start: one after the other, or side by side where each takes one rank only.
 
@@ -219,8 +223,8 @@ class Gang:
             The gang's own directory; that of the job, where there is one.
         home : Home, optional
             What the ranks' processes need.
-        verbose : {0, 1, 2}
-            How to show progress.
+        board : Board, optional
+            Where to show progress.
 
         Yields
         ------
@@ -236,14 +240,13 @@ class Gang:
             The Spark job was cancelled.
         """
         works = [Work(job.run, cloudpickle.dumps(job.function), secrets.token_bytes(32), job.apart) for job in jobs]
-        labels = [f"model {place + 1} of {len(jobs)}: " if len(jobs) > 1 else "" for place in range(len(jobs))]
-        displays = [Display(verbose, label) for label in labels]
+        board = board or Board({})
         waiting: dict[int, list[str]] = {place: [] for place in range(len(jobs))}  # and why they were begun again
         first = time.monotonic()
         attempt = 0
         while waiting:
             lost = {"lost": time.monotonic() - first} if attempt else {}
-            failures = yield from self._attempt(works, run, attempt, home or Home(), displays, waiting, lost)
+            failures = yield from self._attempt(works, run, attempt, home or Home(), board, waiting, lost)
             transient: SparkNNError | None = None
             for place, error in failures.items():
                 restarts = waiting[place]
@@ -252,10 +255,11 @@ class Gang:
                 if getattr(error, "transient", False) and len(restarts) < self.retries:
                     transient = error
                     restarts.append(str(error).partition("\n")[0])
-                    _LOG.warning(
-                        "%s. Trying again, from the last checkpoint if there is one (%d of %d)",
-                        *(restarts[-1], len(restarts), self.retries),
-                    )
+                    with board.aside():
+                        _LOG.warning(
+                            "%s. Trying again, from the last checkpoint if there is one (%d of %d)",
+                            *(restarts[-1], len(restarts), self.retries),
+                        )
                     continue
                 if restarts:
                     error.add_note(f"It had been begun again {len(restarts)} times, after: " + "; ".join(restarts))
@@ -271,7 +275,7 @@ class Gang:
         run: RunDir,
         attempt: int,
         home: Home,
-        displays: Sequence[Display],
+        board: Board,
         waiting: dict[int, list[str]],
         lost: dict[str, float],
     ) -> Generator[tuple[int, Outcome], None, dict[int, SparkNNError]]:
@@ -281,7 +285,9 @@ class Gang:
         left = attempt_folder(run, attempt)
         for folder in (left, *folders.values()):
             folder.mkdir(FOLDER)
-        gang = GangTask(run, attempt, tuple(works[place] for place in places), home, self.timeout)
+        gang = GangTask(
+            run, attempt, tuple(works[place] for place in places), home, self.timeout, told=board.followLogs
+        )
         lone = self.world == 1 and not self._speculates()
         task = LoneTasks(tuple(replace(gang, run=work.run, works=(work,)) for work in gang.works)) if lone else gang
         submitted = time.time()
@@ -290,17 +296,22 @@ class Gang:
             seconds = {**(lost if waiting[place] else {}), **_around(result, submitted, alone=len(places) == 1)}
             return Outcome(result["value"], waiting.pop(place), seconds)
 
-        with ExitStack() as stack:
-            shown = {place: stack.enter_context(ExitStack()) for place in places}
-            for place in places:
-                shown[place].enter_context(displays[place].shown(folders[place]))
-            job = stack.enter_context(SparkJob(self.spark, task, len(places) if lone else self.world, barrier=not lone))
+        shown = {works[place].run.url: folder for place, folder in folders.items()}
+        notes = {
+            works[
+                place
+            ].run.url: f"attempt {len(waiting[place]) + 1} of {self.retries + 1}, after: {waiting[place][-1]}"
+            for place in places
+            if waiting[place]
+        }
+        tasks = len(places) if lone else self.world
+        with board.attempt(shown, notes), SparkJob(self.spark, task, tasks, barrier=not lone) as job:
             # A single one needs no looking for.
             while len(waiting) > 1 and not job.over(_LOOK):
                 for place in [each for each in places if each in waiting]:
                     result = _look(folders[place])
                     if result is not None and len(waiting) > 1:
-                        shown[place].close()
+                        board.taken(works[place].run.url)
                         yield place, outcome(place, result)
             job.over()
         error = job.error

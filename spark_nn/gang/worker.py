@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +34,7 @@ from spark_nn.errors import ClusterError, PeerLost, StoreError
 from spark_nn.gang.context import CARDS, attempt_folder
 from spark_nn.gang.failure import LOST, Failure
 from spark_nn.gang.forkserver import ForkServer, scratch_folder
+from spark_nn.gang.logs import pumped
 from spark_nn.gang.process import Silence, started
 from spark_nn.gang.ring import listen
 from spark_nn.store import RunDir
@@ -84,6 +86,8 @@ class GangTask:
         What such a process needs.
     timeout : float
         Seconds that anything may keep silent.
+    told : bool
+        Whether what the processes print goes to the driver while they run.
     """
 
     run: RunDir
@@ -91,6 +95,7 @@ class GangTask:
     works: tuple[Work, ...]
     home: Home
     timeout: float
+    told: bool = False
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Run one rank; yield its number when it has finished."""
@@ -141,11 +146,13 @@ class GangTask:
         # Below Spark's own folder, which goes with the executor even if this task is killed. And a file without a
         # name: it is gone with the process, whichever way that ends.
         scratch = scratch_folder(SparkFiles.getRootDirectory(), os.getpid())
-        with _folder(scratch), tempfile.TemporaryFile() as log:
+        with _folder(scratch), tempfile.TemporaryFile() as log, ExitStack() as stack:
             order["scratch"] = str(scratch)
             # Whatever it leaves in the temporary directory when it is killed goes with it too.
             order["environment"] = {**environment, "TMPDIR": str(scratch)}
             server = self.home.server(environment)
+            if self.told:
+                stack.enter_context(pumped(attempt_folder(work.run, self.attempt), rank, log.fileno()))
             with started(server, order["environment"], listener, log.fileno()) as process:
                 process.send(json.dumps(order).encode(), work.function)
                 try:

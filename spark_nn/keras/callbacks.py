@@ -88,6 +88,8 @@ class Session(keras.callbacks.CallbackList):  # type: ignore[misc]
         Epochs of the training, and steps of each.
     watched : bool
         Whether any of them wants the logs of single batches: to make them numbers waits for a GPU.
+    report : Report
+        Who wants them now and then.
     """
 
     def __init__(
@@ -99,12 +101,14 @@ class Session(keras.callbacks.CallbackList):  # type: ignore[misc]
         epochs: int,
         steps: int,
         watched: bool,
+        report: Report,
     ) -> None:
         super().__init__(
             list(callbacks), add_history=True, add_progbar=False, model=model, epochs=epochs, steps=steps, verbose=0
         )
         self._kept = {id(callback) for callback in kept}
         self._watched = watched
+        self._report = report
         self._begun = False
         self._final = True
         self._start = 0
@@ -144,7 +148,7 @@ class Session(keras.callbacks.CallbackList):  # type: ignore[misc]
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Pass it on, counted from the epoch's first step, without the logs where nobody looks at them."""
-        super().on_train_batch_end(self._start + batch, logs if self._watched else None)
+        super().on_train_batch_end(self._start + batch, logs if self._watched or self._report.due else None)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Pass it on the last time."""
@@ -171,7 +175,7 @@ class Reporting(keras.callbacks.Callback):  # type: ignore[misc]
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Steps are done."""
-        self.report.end_step(batch + 1)
+        self.report.end_step(batch + 1, logs.get("loss") if logs else None)
 
     def on_test_begin(self, logs: Any = None) -> None:
         """What follows is no training."""

@@ -140,7 +140,10 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
     checkpointInterval : int, optional
         Steps between two checkpoints, -1 for none. Default: one about every minute.
     verbose : {0, 1, 2}, default 1
-        Progress on standard error: none; a line per epoch and, on a terminal, a live bar; a line per epoch only.
+        Progress on standard error: none; a live bar on a terminal or in a notebook, elsewhere a line per epoch; a line
+        per epoch everywhere.
+    followLogs : bool, default False
+        Whether what the workers print appears on standard error while they train, after their numbers.
 
     Notes
     -----
@@ -218,6 +221,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
         verbose: int = 1,
+        followLogs: bool = False,
     ) -> None:
         super().__init__()
         self.setParams(**self._input_kwargs)
@@ -269,6 +273,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
         verbose: int = 1,
+        followLogs: bool = False,
     ) -> E:
         """Set the params that are given; None stands for not given."""
         # A param set to None would save and then fail to load.

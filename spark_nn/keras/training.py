@@ -155,6 +155,7 @@ class KerasTrainer(Trainer):
             epochs=self.schedule.epochs,
             steps=data.steps,
             watched=watched,
+            report=report,
         )
         held = None if validation is None else Feed(validation, outputs=order)
         with sync.averaged_gradients(), feed.errors(), (held or feed).errors():

@@ -81,7 +81,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         How training goes through the rows, as there.
     validationFraction, validationIndicatorCol : optional
         What is held back, as there.
-    storeUrl, cache, collective, useGpu, timeout, maxRetries, checkpointInterval, verbose : optional
+    storeUrl, cache, collective, useGpu, timeout, maxRetries, checkpointInterval, verbose, followLogs : optional
         How the gang runs, as there. ``collective="native"`` is DistributedDataParallel over NCCL between GPUs, and over
         Gloo between CPUs.
 
@@ -170,6 +170,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
         verbose: int = 1,
+        followLogs: bool = False,
     ) -> None:
         super().__init__()
         self.setParams(**self._input_kwargs)
@@ -224,6 +225,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         maxRetries: int = 3,
         checkpointInterval: int | None = None,
         verbose: int = 1,
+        followLogs: bool = False,
     ) -> E:
         """Set the params that are given; None stands for not given."""
         # A param set to None would save and then fail to load.

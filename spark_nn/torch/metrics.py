@@ -72,6 +72,11 @@ class Tally:
         """Whether the loss of all rows so far is a finite number."""
         return bool(np.isfinite(float(self._sum)))
 
+    @property
+    def mean_loss(self) -> float:
+        """The mean loss of all rows so far; to read it waits for a GPU."""
+        return float(self._sum) / self._rows if self._rows else float("nan")
+
     def reset(self) -> None:
         """Forget what was counted."""
         self._sum, self._rows = self._zero, 0
@@ -109,7 +114,7 @@ class Tally:
 
     def results(self) -> dict[str, Any]:
         """The values of loss and metrics over all that was counted, by name."""
-        values: dict[str, Any] = {"loss": float(self._sum) / self._rows if self._rows else float("nan")}
+        values: dict[str, Any] = {"loss": self.mean_loss}
         for name, metric in self._metrics.items():
             found = metric.compute()
             for key, value in (found if isinstance(found, dict) else {"": found}).items():

@@ -37,6 +37,7 @@ VALUES = {
     "learningRate": 0.125,
     "storeUrl": "file:///nowhere",
     "verbose": 2,
+    "followLogs": True,
     "model": mlp,
     "modelParams": {"units": 3},
     "optimizer": "sgd",

@@ -221,3 +221,21 @@ def killed_once(mark, rank, step, *, early=True):
         return [*([stop] if early else [stop, plateau, decay, Warm()]), Draw(), Kill()]
 
     return make
+
+
+def telling(path):
+    """A callback that prints, and waits until a file is there, which it takes to have been read."""
+    import time
+    from pathlib import Path
+
+    import keras
+
+    class Telling(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            print(f"the end of epoch {epoch}")  # noqa: T201
+            limit = time.monotonic() + 60
+            while not Path(path).exists():
+                assert time.monotonic() < limit, "nobody has read it"
+                time.sleep(0.05)
+
+    return [Telling()]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -441,3 +446,28 @@ def test_models_that_cannot_be_trained_are_refused_on_the_driver(spark, store):
     two = keras.Model([first, second], keras.layers.Dense(1)(keras.layers.Concatenate()([first, second])))
     with pytest.raises(ParamError, match="model has the inputs 'first', 'second', and inputs names none: set"):
         KerasEstimator(model=two, loss="mse").fit(data(spark))
+
+
+def test_what_callbacks_print_is_followed_while_they_run(spark, store, tmp_path, capsys):
+    told, states = [], []
+
+    def read():
+        while not {"[rank 0] the end of epoch 0", "[rank 1] the end of epoch 0"} <= set(told):
+            told.extend(capsys.readouterr().err.splitlines())
+            time.sleep(0.1)
+        states.extend(json.loads(path.read_text()) for path in Path(store).glob("run-*/attempt-0/progress.json"))
+        (tmp_path / "read").touch()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    callbacks = functools.partial(models.telling, str(tmp_path / "read"))
+    model = estimator(store, numWorkers=2, followLogs=True, callbacks=callbacks).fit(data(spark))
+    reader.join(10)
+    told += capsys.readouterr().err.splitlines()
+    assert sorted(line for line in told if "the end" in line) == [
+        f"[rank {rank}] the end of epoch {epoch}" for rank in range(2) for epoch in range(2)
+    ]
+    # Whoever watches knows the loss of the first epoch before it is over.
+    (state,) = states
+    assert state["loss"] == pytest.approx(model.summary.history["loss"][0], abs=0.2)
+    assert state["history"] == {}
