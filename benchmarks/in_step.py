@@ -55,6 +55,8 @@ class Gang:
         This rank's own.
     rank : int
         This rank, and its core.
+    spin : bool
+        Whether it has that core to itself.
     """
 
     network: str
@@ -65,6 +67,7 @@ class Gang:
     ports: tuple[int, ...] = ()
     listener: Any = None
     rank: int = 0
+    spin: bool = True
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,7 +88,7 @@ class Gang:
             listener=self.listener,
             secret=self.secret,
             timeout=TIMEOUT,
-            spin=True,
+            spin=self.spin,
         )
 
     def rate(self, seconds: float) -> float:
@@ -243,12 +246,12 @@ def gloo(gang: Gang) -> float:
     return found
 
 
-def measured(line: Callable[[Gang], float], gang: Gang, workers: int) -> float:
-    """Samples per second of all workers together."""
+def each_rank(line: Callable[[Gang], Any], gang: Gang, workers: int) -> list[Any]:
+    """What a line returns on each of so many ranks."""
     # A pool of one thread holds up what TensorFlow's own strategies run; a user of theirs would leave it as it is.
     environment = dict(os.environ) if line is mirrored else child_environment(os.environ, 1, [])
     if line is alone:
-        return float(together(line, [(gang,)], environment)[0])
+        return together(line, [(gang,)], environment)
     with contextlib.ExitStack() as stack:
         listeners = [listen(HOST) for _ in range(workers)]
         # Bound, so that nobody else is given the port, but shared with the peer's server; and never listening.
@@ -263,13 +266,23 @@ def measured(line: Callable[[Gang], float], gang: Gang, workers: int) -> float:
             ports=tuple(each.getsockname()[1] for each in places),
         )
         calls = [(replace(whole, rank=rank, listener=listeners[rank]),) for rank in range(workers)]
-        return float(sum(together(line, calls, environment)))
+        return together(line, calls, environment)
+
+
+def measured(line: Callable[[Gang], float], gang: Gang, workers: int) -> float:
+    """Samples per second of all workers together."""
+    return float(sum(each_rank(line, gang, workers)))
+
+
+def one_thread() -> None:
+    """Let the processes that are started from now on compute with one thread, on CPUs."""
+    threads = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    os.environ.update(dict.fromkeys(threads, "1"), KERAS_BACKEND="tensorflow", CUDA_VISIBLE_DEVICES="")
 
 
 def in_step(arguments: argparse.Namespace) -> None:
     """Measure workers in step, and print a table per network."""
-    one = ("TF_NUM_INTRAOP_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    os.environ.update(dict.fromkeys(one, "1"), KERAS_BACKEND="tensorflow", CUDA_VISIBLE_DEVICES="")
+    one_thread()
     workers = arguments.workers
     lines: dict[str, Callable[[Gang], float]] = {
         ALONE: alone,

@@ -10,7 +10,8 @@
 #
 #     python notebooks/flights.py --out flights-run
 #
-# With `--framework torch` it is a PyTorch network, which has embeddings of the categories.
+# With `--framework torch` it is a PyTorch network, which has embeddings of the categories. On a cluster nothing
+# changes but `--master`, and the conf `spark.nn.storeUrl` names a folder that all machines share.
 
 # %%
 import argparse
@@ -46,10 +47,10 @@ AUC_FLOOR = 0.71  # below it the job fails
 
 
 # %%
-def start_spark() -> SparkSession:
+def start_spark(master: str) -> SparkSession:
     os.environ["PYSPARK_PYTHON"] = sys.executable  # Spark's tasks run the Python that runs this
     spark = (
-        SparkSession.builder.master("local[2]")
+        SparkSession.builder.master(master)
         .appName("flights")
         .config("spark.driver.memory", "4g")
         .config("spark.sql.session.timeZone", "UTC")
@@ -321,10 +322,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Tell which flights from New York arrive late.")
     parser.add_argument("--out", type=Path, default=Path("flights-run"), help="folder for the results")
     parser.add_argument("--framework", choices=["keras", "torch"], default="keras", help="whose network to train")
+    parser.add_argument("--master", default="local[2]", help="Spark's; a cluster needs the conf spark.nn.storeUrl")
     parser.add_argument("--score", type=Path, metavar="OUT", help="only score the model saved in this folder")
     arguments = parser.parse_args()
     requireJava()
-    spark = start_spark()
+    spark = start_spark(arguments.master)
     if arguments.score:
         print("test AUC ", score(spark, arguments.score))
         return
