@@ -75,8 +75,7 @@ class Run:
     def log_map(self, estimator: Any, changed: ParamMap, model: Any) -> None:
         """Log the fit of a param map into a run of its own below this one: params and metrics."""
         with _told(self):
-            given = {param.name: value for param, value in changed.items()}
-            name = ", ".join(f"{name}={_text(value) or value!r}" for name, value in given.items())
+            name = ", ".join(f"{param.name}={_text(value) or repr(value)}" for param, value in changed.items())
             tags = {"mlflow.parentRunId": self.id}
             run = self._client().create_run(self.experiment, tags=tags, run_name=name or estimator.uid).info.run_id
             self._write(run, "", _params(estimator), model.summary.history)
