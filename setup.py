@@ -82,7 +82,7 @@ EXTRAS = {
         "pytest>=8",
         # A test that hangs is a failure with a traceback, not a lost run.
         "pytest-timeout>=2.3",
-        # Half of the time a test waits for others' processes to start, and another can use the cores.
+        # While a test waits, for a process to start or for a barrier of Spark, another can use the cores.
         "pytest-xdist>=3.6",
         # Property tests of the plan and of the collective.
         "hypothesis>=6.100",

@@ -57,17 +57,6 @@ def test_the_gang_trains_as_one_process_would_on_the_global_batches(spark, store
     assert model.summary.rowsPerSecond > 0
 
 
-def test_two_workers_on_a_cluster_of_processes(cluster, store):
-    df = data(cluster, rows=1013)
-    model = estimator(store, numWorkers=2, epochs=3, shuffle=False).fit(df)
-    np.testing.assert_allclose(np.load(model.fitted.file.path), reference(df.collect(), 2, 3, 50), rtol=1e-12)
-    scored = model.transform(df)
-    assert scored.columns == [*df.columns, "prediction"]
-    assert scored.count() == 1013
-    with pytest.raises(ClusterError, match="numWorkers=3, but the cluster .* runs 2 tasks at a time: use 2"):
-        estimator(store, numWorkers=3, batchSize=60).fit(df)
-
-
 def test_shuffled_training_repeats_to_the_bit_with_the_same_seed(spark, store):
     df = data(spark)
 

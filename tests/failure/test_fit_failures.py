@@ -17,7 +17,7 @@ import psutil
 import pytest
 from pyspark.sql import functions as F
 
-from spark_nn.errors import TrainingError
+from spark_nn.errors import ClusterError, TrainingError
 from spark_nn.store import RunDir
 from tests.failure.processes import Later, named, no_rank_is_left, rank_process, servers, wait_for
 from tests.toy import ToyEstimator
@@ -101,8 +101,11 @@ def test_a_killed_process_changes_no_bit_of_the_result(spark, store, undisturbed
     assert any(reason in record.message and "(1 of 3)" in record.message for record in caplog.records)
 
 
-def test_a_killed_executor_changes_no_bit_of_the_result(cluster, store):
+def test_executors_change_no_bit_of_the_result_killed_or_not(cluster, store, undisturbed):
+    with pytest.raises(ClusterError, match="numWorkers=3, but the cluster .* runs 2 tasks at a time: use 2"):
+        estimator(store, numWorkers=3, batchSize=60).fit(data(cluster))
     weights, summary = fitted(cluster, store)
+    assert (weights.tobytes(), summary.history) == undisturbed
 
     def strike():
         run = run_of(store)

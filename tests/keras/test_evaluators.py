@@ -138,9 +138,9 @@ def test_one_vs_rest(spark, store, df, tmp_path):
     x = np.array([row.features.toArray() for row in df.collect()], np.float32)
     margins = np.concatenate([model.model.predict(x, verbose=0) for model in fitted.models], axis=1)
     fitted.save(str(tmp_path / "rest"))
-    for model in (fitted, OneVsRestModel.load(str(tmp_path / "rest"))):
-        found = model.transform(df)
-        assert found.columns[-2:] == ["rawPrediction", "guess"]
-        rows = found.collect()
-        np.testing.assert_allclose([row.rawPrediction.toArray() for row in rows], margins, rtol=1e-6)
-        assert [row.guess for row in rows] == margins.argmax(axis=1).tolist()
+    found = OneVsRestModel.load(str(tmp_path / "rest")).transform(df)
+    assert fitted.transform(df).columns == found.columns
+    assert found.columns[-2:] == ["rawPrediction", "guess"]
+    rows = found.collect()
+    np.testing.assert_allclose([row.rawPrediction.toArray() for row in rows], margins, rtol=1e-6)
+    assert [row.guess for row in rows] == margins.argmax(axis=1).tolist()
