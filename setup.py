@@ -100,6 +100,8 @@ EXTRAS = {
         "mlflow-skinny>=3",
         "sqlalchemy>=2",
         "alembic>=1.13",
+        # What summaries are plotted by.
+        "matplotlib>=3.8",
         # Examples that run on it.
         "jax>=0.10,<0.11",
         # Checks docstrings.

@@ -274,7 +274,7 @@ class _Fit:
         head = f"{self.label}epoch {state.epoch}/{state.epochs}" + ("" if phase == "training" else f", {phase}")
         facts = [(_values(loss=state.loss), 1)] if state.loss is not None else []
         last = {name: series[-1] for name, series in state.history.items() if series}
-        held = {name: value for name, value in last.items() if name.startswith("val_")}
+        held = {name: last[name] for name in sorted(last, key="val_loss".__ne__) if name.startswith("val_")}
         facts += [(_values(**{name: value}), 3 if name == "val_loss" else 5) for name, value in held.items()]
         if not held and state.loss is None and "loss" in last:
             facts.append((_values(loss=last["loss"]), 1))

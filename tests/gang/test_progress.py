@@ -169,7 +169,7 @@ VALIDATED = {
     "step": 20,
     "busy": 6.0,
     "loss": 0.3,
-    "history": {"loss": [0.5], "val_loss": [0.6], "val_auc": [0.75]},
+    "history": {"loss": [0.5], "val_auc": [0.75], "val_loss": [0.6]},
     "seconds": [5.0],
     "pause": 2.0,
 }
