@@ -83,7 +83,7 @@ def as_url(url: str, param: str) -> str:
     """
     if re.match(r"[A-Za-z][\w+.-]*:(?!//)", url):
         raise StoreError(f"{param}={url!r}: write it as scheme://..., such as file:///shared/dir or hdfs://host/dir")
-    return url.rstrip("/") if "://" in url else _file_url(Path(url).expanduser().absolute())
+    return url if "://" in url else _file_url(Path(url).expanduser().absolute())
 
 
 def _file_url(path: Path) -> str:

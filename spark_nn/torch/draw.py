@@ -19,13 +19,25 @@ def draw(module: Any, rows: Any) -> Drawing:
     import torch
     from torch.utils.tensorboard._pytorch_graph import graph  # the writer that has it in public opens a file of its own
 
-    given = tuple(rows.values()) if isinstance(rows, dict) else rows
-    devices = [rows.device] if getattr(rows, "is_cuda", False) else []
+    class Named(torch.nn.Module):  # type: ignore[misc]
+        """Tracing passes inputs by their places, and the network takes them by their names."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = module
+
+        def forward(self, *values: Any) -> Any:
+            return self.network(**dict(zip(rows, values, strict=True)))
+
+    several = isinstance(rows, dict)
+    given = tuple(rows.values()) if several else (rows,)
+    devices = sorted({each.get_device() for each in given if each.is_cuda})
     training = {each: each.training for each in module.modules()}
     try:
         module.eval()
         with torch.random.fork_rng(devices), torch.no_grad():
-            traced, _ = graph(module, given)
+            # Not strictly, as several outputs are a dict.
+            traced, _ = graph(Named() if several else module, given, use_strict_trace=False)
     finally:
         for each, was in training.items():
             each.training = was

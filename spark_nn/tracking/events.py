@@ -44,7 +44,7 @@ def run_folder(log_dir: str, name: str) -> str:
         It cannot be written.
     """
     try:
-        folder = RunDir(f"{as_url(log_dir, 'logDir')}/{name}")
+        folder = RunDir(f"{as_url(log_dir, 'logDir').rstrip('/')}/{name}")
         if _is_local(folder):
             folder.fs.makedirs(folder.root, exist_ok=True)
     except (OSError, StoreError) as error:

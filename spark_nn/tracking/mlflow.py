@@ -56,7 +56,7 @@ class Run:
             warnings.warn(
                 "tracking='mlflow', and no MLflow run is active in this thread: the fit is not logged. Call fit inside "
                 "'with mlflow.start_run():', or set tracking='none'",
-                stacklevel=4,
+                stacklevel=5,
             )
             return None
         return cls(run.info.run_id, run.info.experiment_id, mlflow.get_tracking_uri())
