@@ -61,7 +61,7 @@ def main() -> None:
     print(f"{parameters:,} parameters, {parameters * 4 / 2**20:.0f} MB; Adam on two workers")
     print(f"{'':32}{'MB on each worker':>20}{'of the whole':>15}{'seconds a step':>16}")
     whole = 0.0
-    ways = {"whole": ("none", 0), "divided": ("fsdp", 0), "divided, with a checkpoint": ("fsdp", 2)}
+    ways = {"whole": ("none", -1), "divided": ("fsdp", -1), "divided, with a checkpoint": ("fsdp", 2)}
     for name, (sharding, interval) in ways.items():
         with tempfile.TemporaryDirectory() as folder:
             estimator = TorchEstimator(

@@ -174,6 +174,7 @@ class Loop:
 
     def _validated(self, validation: Feed) -> dict[str, Any]:
         self.module.eval()
+        more = self._more(validation)  # asked before, since a rank that waits for the answer goes no way forward
         # What is made in inference mode may not take part in a backward pass later, and parameters are made anew.
         looking = torch.no_grad() if self.averager.divided else torch.inference_mode()
         with looking, self._autocast:
@@ -181,13 +182,13 @@ class Loop:
                 put_out = self.module(**inputs) if isinstance(inputs, dict) else self.module(inputs)
                 self.tally.add_loss(self.criterion(put_out, labels, weights), rows)
                 self.tally.add(put_out, labels)
-            if self.averager.divided:
-                self._keep_up(validation)
+            for _ in range(more):
+                codec.forward(self.module, codec.example(validation.specs, device=validation.device))
         return self._measured()
 
-    def _keep_up(self, validation: Feed) -> None:
-        """Go forward as often as the rank with the most batches, which needs this one's part of the network."""
-        steps = [int(each) for each in self.gang.collective.all_gather(b"%d" % validation.stream.passSteps)]
-        rows = codec.example(validation.specs, device=validation.device)
-        for _ in range(max(steps) - validation.stream.passSteps):
-            codec.forward(self.module, rows)
+    def _more(self, validation: Feed) -> int:
+        """How many more batches another rank has, whose forward passes need this one's part of the network, too."""
+        if not self.averager.divided:
+            return 0
+        steps = validation.stream.passSteps
+        return max(int(each) for each in self.gang.collective.all_gather(b"%d" % steps)) - steps

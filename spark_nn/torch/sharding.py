@@ -4,8 +4,8 @@ PyTorch's ``fully_shard`` (FSDP2) does it: a group of layers has its parameters 
 let go of right after; and each rank gets its part of the gradients' mean. The ranks make these exchanges in each
 forward and backward pass, so all must go through the same layers equally often.
 
-No rank but the first ever holds more than one group whole. The first builds the network as a single process would,
-for its weights are drawn one after the other, and hands them out group by group.
+The first rank builds the network as a single process would, for its weights are drawn one after the other, and hands
+them out group by group. The others never hold more than a few groups whole, if the network can be built without memory.
 """
 
 from __future__ import annotations

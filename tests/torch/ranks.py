@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import multiprocessing
 import os
 import secrets
@@ -46,16 +48,18 @@ def dataset(folder, parts):
     return run
 
 
-def peak():
-    """The most memory that this process has held so far, in bytes; getrusage would count its parent's, too."""
+def peak(afresh=False):
+    """The most memory that this process has held so far, or since it was asked to count afresh, in bytes."""
+    if afresh:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def work(pipe, rank, world, data, jobs, timeout):
     """What a rank does; it answers each job with rank 0's result, or with what went wrong."""
     os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    import ctypes
-
     from spark_nn.gang.collective import Alone
     from spark_nn.gang.context import GangContext
     from spark_nn.gang.progress import Reporter
@@ -70,8 +74,8 @@ def work(pipe, rank, world, data, jobs, timeout):
         pipe.send(listener.getsockname())
         addresses, secret = pipe.recv()
         collective = Ring.connect(rank=rank, addresses=addresses, listener=listener, secret=secret, timeout=timeout)
-    before = peak()
     for folder, attempt, trainer in jobs:
+        before = peak(afresh=True)
         scratch = Path(folder) / f"scratch-{rank}"
         scratch.mkdir(parents=True, exist_ok=True)
         run = RunDir(Path(folder).as_uri())
@@ -103,7 +107,7 @@ class Outcome:
             self.weights = {name: each.float().numpy() for name, each in load_file(self.file).items()}
 
 
-def train(data, jobs, world=2, seconds=150.0, timeout=30.0):
+def train(data, jobs, world=2, seconds=240.0, timeout=30.0):
     """Train jobs, each a folder, the number of the attempt and a trainer; their outcomes, up to where a rank died."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
