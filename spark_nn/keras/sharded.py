@@ -240,5 +240,8 @@ def _gather(model: Any, rank: int) -> None:
 @contextlib.contextmanager
 def _optimizer_left_out(model: Any) -> Iterator[None]:
     """Save the model in the block without the state of its optimizer, which is not brought together."""
-    with backends.replaced(model.optimizer, "save_own_variables", lambda store: None):
+    with contextlib.ExitStack() as block:
+        for optimizer in (model.optimizer, getattr(model.optimizer, "inner_optimizer", None)):
+            if optimizer is not None:
+                block.enter_context(backends.replaced(optimizer, "save_own_variables", lambda store: None))
         yield
