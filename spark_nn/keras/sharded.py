@@ -112,10 +112,11 @@ class ShardedTrainer(KerasTrainer):
                 clock.append(time.monotonic())
                 gang.progress.update(phase="publish")
                 _gather(model, gang.rank)
-                file, sha256 = "", ""
-                if gang.rank == 0:
-                    with _optimizer_left_out(model):
-                        file, sha256 = publish(gang, functools.partial(codec.save, model), codec.SUFFIX)
+            # Outside the distribution: what rank 0 does from here on, no other rank takes part in.
+            file, sha256 = "", ""
+            if gang.rank == 0:
+                with _optimizer_left_out(model):
+                    file, sha256 = publish(gang, functools.partial(codec.save, model), codec.SUFFIX)
         return report.trained(file, sha256, outputs, clock)
 
     def _stream(self, gang: GangContext, data: RunDir, manifest: Manifest, split: Split) -> Stream:
