@@ -112,7 +112,7 @@ class ShardedTrainer(KerasTrainer):
                 clock.append(time.monotonic())
                 gang.progress.update(phase="publish")
                 _gather(model, gang.rank)
-            # Outside the distribution: what rank 0 does from here on, no other rank takes part in.
+            # Outside the distribution: Keras makes variables to compare with while it saves, and no other rank does so.
             file, sha256 = "", ""
             if gang.rank == 0:
                 with _optimizer_left_out(model):
