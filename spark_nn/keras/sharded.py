@@ -114,10 +114,11 @@ class ShardedTrainer(KerasTrainer):
                 clock.append(time.monotonic())
                 gang.progress.update(phase="publish")
                 _gather(model, gang.rank)
-                file, sha256 = "", ""
-                if gang.rank == 0:
-                    with _optimizer_left_out(model):
-                        file, sha256 = publish(gang, functools.partial(codec.save, model), codec.SUFFIX)
+            # Outside the distribution: Keras makes variables to compare with while it saves, and no other rank does so.
+            file, sha256 = "", ""
+            if gang.rank == 0:
+                with _optimizer_left_out(model):
+                    file, sha256 = publish(gang, functools.partial(codec.save, model), codec.SUFFIX)
         return report.trained(file, sha256, outputs, clock)
 
     def _stream(self, gang: GangContext, data: RunDir, manifest: Manifest, split: Split) -> Stream:
@@ -242,5 +243,8 @@ def _gather(model: Any, rank: int) -> None:
 @contextlib.contextmanager
 def _optimizer_left_out(model: Any) -> Iterator[None]:
     """Save the model in the block without the state of its optimizer, which is not brought together."""
-    with backends.replaced(model.optimizer, "save_own_variables", lambda store: None):
+    with contextlib.ExitStack() as block:
+        for optimizer in (model.optimizer, getattr(model.optimizer, "inner_optimizer", None)):
+            if optimizer is not None:
+                block.enter_context(backends.replaced(optimizer, "save_own_variables", lambda store: None))
         yield
