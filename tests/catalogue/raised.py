@@ -27,7 +27,8 @@ from spark_nn import KerasEstimator, KerasModel, TorchEstimator, TorchModel, clu
 from spark_nn.columns import Problem, Tensor
 from spark_nn.dataset import petastorm_compat
 from spark_nn.dataset.manifest import Manifest
-from spark_nn.dataset.stream import Stream, _GroupReader
+from spark_nn.dataset.reading import GroupReader
+from spark_nn.dataset.stream import Stream
 from spark_nn.disk import _Connect, _Hadoop
 from spark_nn.export import Target
 from spark_nn.gang import launch, worker
@@ -130,7 +131,7 @@ def list_a_file(run):
 
 def rows_that_cannot_be_read():
     reader = SimpleNamespace(_read=broken, reading=SimpleNamespace(run=SimpleNamespace(url="file:///store")))
-    _GroupReader._table(reader, SimpleNamespace(file="part-0"))
+    GroupReader._table(reader, SimpleNamespace(file="part-0"))
 
 
 def a_defect():
