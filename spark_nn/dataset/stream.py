@@ -11,23 +11,21 @@ Every epoch counts its rows against the plan: a reader that loses some fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from spark_nn.columns import Tensor
 from spark_nn.dataset import memory, petastorm_compat, plan
 from spark_nn.dataset.buffers import Buffers
 from spark_nn.dataset.manifest import Group, Manifest, Split
-from spark_nn.dataset.writer import unpack
+from spark_nn.dataset.reading import GroupReader, Reading, disk_cache
 from spark_nn.errors import DatasetError, StoreError
-from spark_nn.store import RunDir, is_lasting
+from spark_nn.store import RunDir
 
 Block = dict[str, np.ndarray]
 Cache = Literal["none", "memory", "disk"]
@@ -56,7 +54,6 @@ def choose_cache(wanted: Cache | Literal["auto"], nbytes: int, processes: int, *
 _LOCAL_THREADS, _REMOTE_THREADS = 2, 4
 _SMALL = 128 * 1024  # bytes: up to here the C library keeps memory at hand, and new blocks are the cheapest
 _VENTILATION_S = 0.002  # how often the ventilator looks for room: Petastorm's 0.01 lets fast readers run dry
-_DISK_LIMIT = 1 << 40  # bytes: the disk sets the limit, not the cache
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ class Stream:
         self.timeout = timeout
         self._running: Generator[Block, None, None] | None = None
         self._desk: _Desk = _Library(manifest.tensors, self.groups) if cache == "memory" else _Desk(manifest.tensors)
-        self._reading = _Reading(run, manifest.tensors, _disk_cache(scratch, split) if cache == "disk" else None)
+        self._reading = Reading(run, manifest.tensors, disk_cache(scratch, split) if cache == "disk" else None)
         self.threads = threads or (_LOCAL_THREADS if self._reading.local else _REMOTE_THREADS)
 
     @property
@@ -261,7 +258,7 @@ class Stream:
             max_ventilation_queue_size=plan.WINDOW_GROUPS + self.threads,
             ventilation_interval=_VENTILATION_S,
         )
-        pool.start(_GroupReader, self._reading, ventilator=ventilator)
+        pool.start(GroupReader, self._reading, ventilator=ventilator)
         try:
             for place, part in enumerate(slices):
                 try:
@@ -374,92 +371,3 @@ class _Library(_Desk):
     def close(self) -> None:
         super().close()
         self.held.clear()
-
-
-def _disk_cache(scratch: Path | None, split: Split) -> Any:
-    """Petastorm's cache of bytes on the local disk."""
-    if scratch is None:
-        raise ValueError("a cache on disk needs a scratch folder")
-    cache = petastorm_compat.load().LocalDiskCache
-    return cache(str(scratch / f"cache-{split}"), _DISK_LIMIT, 0, eviction_policy="none")
-
-
-@dataclass
-class _Reading:
-    """What the threads of a stream's pools share."""
-
-    run: RunDir
-    tensors: Sequence[Tensor]
-    disk: Any
-
-    def __post_init__(self) -> None:
-        self.names = [tensor.name for tensor in self.tensors]
-        self.footers: dict[str, pq.FileMetaData] = {}
-        # Local files are read by Arrow itself, without the interpreter.
-        self.local = "file" in self.run.fs.protocol
-
-    def open(self, file: str) -> pq.ParquetFile:
-        """Open a file, reading its footer the first time only."""
-        path = self.run.path(file)
-        source = path if self.local else self.run.fs.open(path, "rb", cache_type="none")
-        parquet = pq.ParquetFile(source, metadata=self.footers.get(file), memory_map=False, pre_buffer=not self.local)
-        self.footers[file] = parquet.metadata
-        return parquet
-
-    def close(self) -> None:
-        """Remove what is on the local disk."""
-        if self.disk is not None:
-            self.disk.cleanup()
-
-
-class _GroupReader:
-    """Petastorm's worker protocol: read row groups, publish NumPy blocks. One per thread of the pool."""
-
-    def __init__(self, worker_id: int, publish_func: Callable[[Any], None], reading: _Reading) -> None:
-        self.worker_id = worker_id
-        self.publish_func = publish_func
-        self.reading = reading
-        self.file = ""
-        self.parquet: pq.ParquetFile | None = None
-
-    def process(self, group: Group, start: int, stop: int) -> None:
-        """Read rows `start` to `stop` of a row group and publish them."""
-        disk = self.reading.disk
-        if disk is None:
-            table = self._table(group)
-        else:
-            # As plain bytes, which the cache stores as they are: nothing is ever unpickled.
-            stored = disk.get(f"{group.file}:{group.index}", lambda: _to_bytes(self._table(group)))
-            table = pa.ipc.open_stream(stored).read_all()
-        tensors = self.reading.tensors
-        self.publish_func({each.name: unpack(table.column(each.name), each)[start:stop] for each in tensors})
-
-    def shutdown(self) -> None:
-        """Close the file that is open."""
-        if self.parquet is not None:
-            self.parquet.close(force=True)
-            self.parquet = None
-
-    def _table(self, group: Group) -> pa.Table:
-        try:
-            return self._read(group)
-        except StoreError:
-            raise
-        except OSError as error:
-            raise StoreError(
-                f"cannot read {group.file!r} in the store, {self.reading.run.url}: {error}; look at what serves it",
-                transient=not is_lasting(error),
-            ) from error
-
-    def _read(self, group: Group) -> pa.Table:
-        if self.parquet is None or self.file != group.file:
-            self.shutdown()
-            self.parquet, self.file = self.reading.open(group.file), group.file
-        return self.parquet.read_row_group(group.index, columns=self.reading.names, use_threads=False)
-
-
-def _to_bytes(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table)
-    return sink.getvalue().to_pybytes()  # type: ignore[no-any-return]

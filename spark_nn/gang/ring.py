@@ -25,6 +25,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from spark_nn.errors import CollectiveError, OutOfStep, PeerLost
 from spark_nn.gang.collective import CODES, OPS, TYPES, Average, Collective, check_root, flattened, matching
+from spark_nn.gang.meeting import form, listen
 from spark_nn.gang.shared import Places, Shared, room
 from spark_nn.gang.wire import (
     Address,
@@ -33,10 +34,8 @@ from spark_nn.gang.wire import (
     Operation,
     Outlet,
     Position,
-    form,
     hang_up,
     header,
-    listen,
     place,
     text_frame,
 )

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from spark_nn.errors import PeerLost
 from spark_nn.gang.context import GangContext
-from spark_nn.gang.wire import INTRODUCTION_LIMIT, Pledge, StrangerError, call
+from spark_nn.gang.meeting import INTRODUCTION_LIMIT, Pledge, StrangerError, call
 
 _FRAME = struct.Struct("<4sBQ")  # magic, kind, bytes that follow
 _MAGIC = b"snnV"

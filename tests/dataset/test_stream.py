@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from spark_nn.dataset import petastorm_compat, writer
-from spark_nn.dataset.stream import Stream, _GroupReader
+from spark_nn.dataset.reading import GroupReader
+from spark_nn.dataset.stream import Stream
 from spark_nn.errors import DatasetError, StoreError
 from tests.dataset.helpers import write
 
@@ -282,14 +283,14 @@ def test_rows_that_a_reader_loses_are_an_error(tmp_path, monkeypatch):
 def test_a_store_that_hangs_is_an_error_in_time(tmp_path, monkeypatch):
     run, manifest = write(tmp_path, [3000])
     hangs = threading.Event()
-    original = _GroupReader.process
+    original = GroupReader.process
 
     def process(self, group, start, stop):
         if group.index == 3:
             hangs.wait(60)
         original(self, group, start, stop)
 
-    monkeypatch.setattr(_GroupReader, "process", process)
+    monkeypatch.setattr(GroupReader, "process", process)
     began = time.monotonic()
     with pytest.raises(StoreError, match=r"no data came from .*parquet in file://.* within 0.3 s: look at") as caught:
         list(stream(run, manifest, timeout=0.3).epoch(0))

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from spark_nn.errors import CollectiveError, OutOfStep, PeerLost
+from spark_nn.gang import meeting, shared, wire
 from spark_nn.gang import ring as ring_module
-from spark_nn.gang import shared, wire
 from spark_nn.gang.collective import Alone
 from spark_nn.gang.ring import Ring, listen
 
@@ -139,7 +139,7 @@ def test_large_buffers_agree_too(world):
 
 @pytest.mark.parametrize("world", [2, 5])
 def test_sockets_that_take_little_at_a_time_do_not_block_the_ring(monkeypatch, world):
-    monkeypatch.setattr(wire, "_SEND_BUFFER", 4096)
+    monkeypatch.setattr(wire, "SEND_BUFFER", 4096)
     with Gang(world) as gang:
         check_reduced(gang, [numbers(rank, 200_000, "float32") for rank in range(world)], "mean")
 
@@ -608,7 +608,7 @@ def test_closing_too_early_is_told_from_dying():
 @pytest.mark.usefixtures("spin")
 @pytest.mark.parametrize("room", [4096, 1 << 20])
 def test_closing_at_once_after_the_last_operation_harms_nobody(monkeypatch, room):
-    monkeypatch.setattr(wire, "_SEND_BUFFER", room)
+    monkeypatch.setattr(wire, "SEND_BUFFER", room)
 
     def work(ring):
         buffer = np.ones(60_000)
@@ -802,7 +802,7 @@ def connect(rank, listeners, addresses=None, secret=SECRET, timeout=4.0):
 def test_strangers_do_not_keep_the_ring_from_forming():
     listeners = [listen(LOOPBACK) for _ in range(2)]
     addresses = [listener.getsockname() for listener in listeners]
-    pledge = wire.Pledge(b"a guess", world=2, caller=1, answerer=0)
+    pledge = meeting.Pledge(b"a guess", world=2, caller=1, answerer=0)
     openings = [
         *[b""] * 20,  # silent, and in all for longer than the ring may take to form
         b"GET / HTTP/1.1\r\n\r\n",

@@ -12,8 +12,8 @@ import pytest
 
 from spark_nn.errors import PeerLost
 from spark_nn.gang.context import Peers
+from spark_nn.gang.meeting import listen
 from spark_nn.gang.visits import Hall, Visit
-from spark_nn.gang.wire import listen
 
 pytestmark = pytest.mark.timeout(60)
 
