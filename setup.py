@@ -88,6 +88,8 @@ EXTRAS = {
         # Exports ONNX files, and computes what they hold.
         "tf2onnx>=1.17",
         "onnx>=1.16",
+        # What summaries are plotted by.
+        "matplotlib>=3.8",
         # Examples that run on it.
         "jax>=0.10,<0.11",
         "ruff>=0.15",

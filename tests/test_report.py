@@ -63,11 +63,11 @@ def test_the_loss_so_far_is_due_twice_a_second_and_only_where_somebody_is_told(c
     report.begin_epoch(0)
     asked = []
     for step in range(1, 101):
-        clock.now += 0.1
+        clock.now += 0.125
         due = report.due
         report.end_step(step, step / 100 if due else None)
         asked += [step] if due else []
-    assert asked[:4] == [1, 6, 11, 16]
+    assert asked[:4] == [1, 5, 9, 13]
     assert progress.state.loss == asked[-1] / 100
     report.begin_epoch(1)
     assert progress.state.loss is None

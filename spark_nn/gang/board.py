@@ -9,14 +9,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
-
-from tqdm.std import tqdm
 
 from spark_nn.gang.logs import Follower
 from spark_nn.gang.progress import INTERVAL, PROGRESS, State
@@ -160,8 +157,13 @@ class Board:
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
         """Let others write to standard error while the block runs, without drawing into it."""
-        with tqdm.external_write_mode(file=sys.stderr):
+        with self._lock:
+            self._clear()
             yield
+
+    @_courteous
+    def _clear(self) -> None:
+        self._screen.show({})
 
     def _watch(self) -> None:
         self._look()
@@ -264,17 +266,15 @@ class _Fit:
     def view(self) -> View:
         """Where it stands."""
         state, note = self.state, self._note and f", {self._note}"
-        if state is None:
+        phase = self._waiting if state is None else _PHASES.get(state.phase, state.phase)
+        if state is None or not state.epoch or phase.startswith("starting"):
             passed = time.monotonic() - self._since
             waited = f"{passed:.0f} s" if passed < 60 else _clock(passed)
-            return View(f"{self.label}{self._waiting}{note}", facts=(waited,), weights=(0,))
-        phase = _PHASES.get(state.phase, state.phase)
-        if not state.epoch or phase.startswith("starting"):
-            return View(f"{self.label}{phase}{note}")
+            return View(f"{self.label}{phase}{note}", facts=(waited,), weights=(0,))
         head = f"{self.label}epoch {state.epoch}/{state.epochs}" + ("" if phase == "training" else f", {phase}")
         facts = [(_values(loss=state.loss), 1)] if state.loss is not None else []
         last = {name: series[-1] for name, series in state.history.items() if series}
-        held = {name: value for name, value in last.items() if name.startswith("val_")}
+        held = {name: last[name] for name in sorted(last, key="val_loss".__ne__) if name.startswith("val_")}
         facts += [(_values(**{name: value}), 3 if name == "val_loss" else 5) for name, value in held.items()]
         if not held and state.loss is None and "loss" in last:
             facts.append((_values(loss=last["loss"]), 1))

@@ -298,11 +298,9 @@ class Gang:
 
         shown = {works[place].run.url: folder for place, folder in folders.items()}
         notes = {
-            works[
-                place
-            ].run.url: f"attempt {len(waiting[place]) + 1} of {self.retries + 1}, after: {waiting[place][-1]}"
-            for place in places
-            if waiting[place]
+            works[place].run.url: f"attempt {len(reasons) + 1} of {self.retries + 1}, after: {reasons[-1]}"
+            for place, reasons in waiting.items()
+            if reasons
         }
         tasks = len(places) if lone else self.world
         with board.attempt(shown, notes), SparkJob(self.spark, task, tasks, barrier=not lone) as job:

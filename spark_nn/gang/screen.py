@@ -185,7 +185,7 @@ class Notebook:
             return
         bundle = {"text/html": page, "text/plain": "\n".join(texts)}
         if self._handle is None:
-            self._handle = display(bundle, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+            self._handle = display(bundle, raw=True, display_id=True)
         else:
             self._handle.update(bundle, raw=True)
         self._drawn = page

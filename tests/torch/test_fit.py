@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from spark_nn import TorchEstimator
 from spark_nn.errors import ColumnError, ParamError, TrainingError
+from spark_nn.gang import board
 from tests.keras.test_fit import arrays, data
 from tests.torch import models
 
@@ -103,12 +104,16 @@ def test_weights_clipping_and_a_scheduler_act_as_in_one_process(spark, store):
     np.testing.assert_allclose(model.getHistory()["learning_rate"], [0.5 * 0.9**13, 0.5 * 0.9**26])
 
 
-def test_metrics_of_two_workers_are_those_of_all_rows(spark, store):
+def test_metrics_of_two_workers_are_those_of_all_rows(spark, store, monkeypatch):
     """With a rate of almost nothing, the network is what it was at every step."""
     df = data(spark, 400).withColumn("held", F.expr("id % 5 = 1"))
     metrics = {"auc": "auroc", "accuracy": "accuracy", "f1": torchmetrics.F1Score("binary"), "error": models.absolute}
     settings = {"optimizer": "sgd", "learningRate": 1e-30, "metrics": metrics, "validationIndicatorCol": "held"}
-    model = estimator(store, numWorkers=2, epochs=1, **settings).fit(df)
+    states, take = [], board._Fit.take
+    monkeypatch.setattr(board._Fit, "take", lambda fit, state: states.append(state) or take(fit, state))
+    model = estimator(store, numWorkers=2, epochs=1, verbose=2, **settings).fit(df)
+    # The loss of the epoch under way is that of rank 0's rows so far.
+    assert states[-1].loss == pytest.approx(model.getHistory()["loss"][0], abs=0.2)
     native = model.model
     for prefix, part in (("", df.where("not held")), ("val_", df.where("held"))):
         x, y, _ = arrays(part)
