@@ -8,9 +8,9 @@ A step of `n` ranks is taken to cost what one rank needs for its rows, and what 
     crowd       = max(1, n / cores)
 
 `fixed` and `each` are measured with one rank and two sizes of batch, `bandwidth` and `latency` with two ranks that
-exchange and do nothing else; nothing is fitted to what is to be predicted. Ranks on one machine share its cores, and
-their exchange is work for these, too: so both are stretched where there are more ranks than cores. Ranks on machines of
-their own are not crowded, and have their network's bandwidth and latency.
+exchange a large buffer, and none, and do nothing else; nothing is fitted to what is to be predicted. Ranks on one
+machine share its cores, and their exchange is work for these, too: so both are stretched where there are more ranks
+than cores. Ranks on machines of their own are not crowded, and have their network's bandwidth and latency.
 
 Where all ranks are on one machine, buffers that fit lie in memory that they share. Such an exchange is measured by
 itself: a rank meets the others, and reads what all of them have written.
@@ -36,7 +36,7 @@ from in_step import Gang, each_rank, fitted, network, one_thread
 FLOAT = 4  # bytes
 SHARED = 512 * 1024  # bytes of all ranks' buffers together, up to which they lie in memory that all of them see
 SMALL = (16 * 1024, 240 * 1024)  # bytes of one buffer: two that do, of two ranks
-LARGE = (2 * 2**20, 32 * 2**20)  # and two that travel
+LARGE = 16 * 2**20  # and of one that travels
 ROWS = {"mlp": 512, "large": 256}  # of a step, over all ranks
 PARAMETERS = {"mlp": 58_881, "large": 4_405_249}
 WIDTH = 14  # of a column of what is printed
@@ -94,25 +94,18 @@ class Machine:
     ----------
     cores : int
         Of the machine that all ranks are on.
-    ring : Line
-        Seconds for the bytes of a buffer that two ranks average over the ring.
+    latency : float
+        Seconds of a hop of no bytes.
+    bandwidth : float
+        Bytes per second that a rank sends, receives and adds up.
     memory : Line
-        The same for one that lies in memory that both see.
+        Seconds for the bytes of a buffer that two ranks average in memory that both see.
     """
 
     cores: int
-    ring: Line
+    latency: float
+    bandwidth: float
     memory: Line
-
-    @property
-    def latency(self) -> float:
-        """Seconds of a hop of no bytes: of two ranks each makes two in a row."""
-        return self.ring.fixed / 2
-
-    @property
-    def bandwidth(self) -> float:
-        """Bytes per second that a rank sends, receives and adds up: of two each sends the buffer once."""
-        return 1 / self.ring.each
 
     def exchange(self, nbytes: int, ranks: int) -> float:
         """Seconds to average a buffer, with a core for each rank."""
@@ -153,26 +146,33 @@ def sized(gang: Share) -> tuple[Any, Any]:
     return model, tuple(np.resize(part, (gang.rows, *part.shape[1:])) for part in batch)
 
 
-def reductions(gang: Share) -> dict[int, float]:
-    """Seconds to average buffers of several sizes, each repeated for a while; the median."""
+def exchanges(gang: Share) -> dict[int, float]:
+    """Seconds to average buffers of several sizes, and, as that of no bytes, to meet.
+
+    The lower quartile of many: the others tell what else the machine does.
+    """
     gang.settle()
     found = {}
     with contextlib.closing(gang.join()) as ring:
-        for nbytes in (*SMALL, *LARGE):
+        for nbytes in (0, *SMALL, LARGE):
             buffer, seconds = np.zeros(nbytes // FLOAT, np.float32), []
-            for _ in range(2000 if nbytes in SMALL else 30):
+            for _ in range(40 if nbytes == LARGE else 1000):
                 began = time.perf_counter()
-                ring.all_reduce(buffer, "mean")
+                if nbytes:
+                    ring.all_reduce(buffer, "mean")
+                else:
+                    ring.barrier()
                 seconds.append(time.perf_counter() - began)
-            found[nbytes] = statistics.median(seconds)
+            found[nbytes] = statistics.quantiles(seconds)[0]
     return found
 
 
 def machine() -> Machine:
-    """What an exchange costs here."""
-    found = each_rank(reductions, Share("", 1, 1), 2)[0]
-    ring, memory = (Line.through([(size, found[size]) for size in sizes]) for sizes in (LARGE, SMALL))
-    return Machine(len(os.sched_getaffinity(0)), ring, memory)
+    """What an exchange costs here, by two ranks: each of them sends a large buffer once, in two hops."""
+    found = each_rank(exchanges, Share("", 1, 1), 2)[0]
+    bandwidth = LARGE / (found[LARGE] - 2 * found[0])
+    memory = Line.through([(size, found[size]) for size in SMALL])
+    return Machine(len(os.sched_getaffinity(0)), found[0], bandwidth, memory)
 
 
 def main() -> None:

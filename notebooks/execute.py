@@ -18,7 +18,7 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).parent
 LARGEST = 300_000  # bytes of a notebook's outputs
-SECONDS = 300  # for a cell
+SECONDS = 600  # for a cell
 FOLDER = re.compile(r"(?<![\w.:/])/(?:tmp|home|root|work|usr|opt|var)/")
 
 
