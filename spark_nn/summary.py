@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainingSummary:
     """What a fit was like. It is saved and loaded with the model.
 
@@ -108,7 +108,7 @@ class TrainingSummary:
 
         return summary_view.plot(self, metrics, ax)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         from spark_nn import summary_view
 
         return summary_view.text(self)
