@@ -200,10 +200,9 @@ def _outline(blueprint: Blueprint, specs: Specs) -> Any | None:
     if blueprint.function is None or torch is None:
         return blueprint.skeleton
     try:
-        with torch.random.fork_rng([]), torch.device("meta"):
-            module = blueprint.build()
-            if any(_is_lazy(tensor) for tensor in weights_of(module).values()):
-                forward(module.eval(), example(specs, device="meta"))
+        with torch.random.fork_rng([]):
+            module = blueprint.build("meta")
+            settle(module, specs, "meta")
     except Exception:  # noqa: BLE001  (it is the user's function, which may want to see numbers)
         _LOG.debug("the network was not compared with its weights", exc_info=True)
         return None
