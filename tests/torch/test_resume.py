@@ -75,16 +75,17 @@ def test_gloo_loses_a_rank_and_goes_on(spark, store, undisturbed, tmp_path):
     no_rank_is_left()
 
 
-def test_a_divided_network_loses_a_rank_and_goes_on(spark, store, undisturbed, tmp_path):
-    """The ranks' parts of a checkpoint; and all of what a network may have, in one process's order."""
-    stage = disturbed(store, tmp_path / "mark", 1, 47, "auto").setSharding("fsdp")
-    model = stage.fit(rows(spark))
+def test_a_divided_network_that_loses_a_rank_has_the_bits_of_a_whole_one(spark, store, tmp_path):
+    """But for clipping, whose norm the ranks add up in another order."""
+    whole, divided = (disturbed(store, tmp_path / "mark", 1, step, "auto") for step in (-1, 47))
+    for stage in (whole, divided):
+        stage.clear(stage.clipGradNorm)
+    expected = whole.fit(rows(spark))
+    model = divided.setSharding("fsdp").fit(rows(spark))
+    assert not expected.summary.restarts
     assert len(model.summary.restarts) == 1
-    for found, expected in zip(models.weights(model.model), undisturbed[0], strict=True):
-        expected = np.frombuffer(expected, found.dtype).reshape(found.shape)
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
-    for name, values in undisturbed[1].items():
-        np.testing.assert_allclose(model.summary.history[name], values, rtol=1e-3, err_msg=name)
+    assert model.summary.history == expected.summary.history
+    assert bits(model) == bits(expected)
     no_rank_is_left()
 
 
