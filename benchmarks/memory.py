@@ -36,7 +36,8 @@ def network(layers: int, folder: str) -> Any:
 
     def note(before: int) -> None:
         while True:
-            noted.write_text(f"{(highest() - before) / 2**20:.0f}")
+            noted.with_suffix(".new").write_text(f"{(highest() - before) / 2**20:.0f}")
+            noted.with_suffix(".new").replace(noted)  # so that nobody reads half of it
             time.sleep(0.05)
 
     if not noted.exists():
@@ -70,7 +71,7 @@ def main() -> None:
                 sharding=sharding, checkpointInterval=interval,
             )  # fmt: skip
             seconds = estimator.fit(rows).summary.epochSeconds[0] / 2
-            peaks = sorted(int(each.read_text()) for each in Path(folder).iterdir())[-2:]
+            peaks = sorted(int(each.read_text()) for each in Path(folder).iterdir() if not each.suffix)[-2:]
         whole = whole or max(peaks)
         print(f"{name:32}{'{} and {}'.format(*peaks):>20}{max(peaks) / whole:15.2f}{seconds:16.1f}", flush=True)
     spark.stop()

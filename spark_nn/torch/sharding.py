@@ -11,8 +11,10 @@ them out group by group. The others never hold more than a few groups whole, if 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
+import platform
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -35,6 +37,7 @@ LEAST = 1 << 20
 # What computes in halves with weights in halves, as under autocast, which would keep a copy of them for the backward
 # pass where this lets go of them.
 _HALVES = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+_MMAP_THRESHOLD = -3  # of malloc.h
 _PLAIN = (torch.Tensor, bool, int, float, str, type(None))
 
 
@@ -186,6 +189,7 @@ def sharded(gang: GangContext, module: Any, specs: Specs, device: Any, *, seed: 
         raise ParamError(
             "sharding='fsdp' needs a GPU on every worker or on none: set useGpu, or have Spark assign them"
         )
+    _return_memory()
     planned = groups_of(module, called_once(module, specs)) if gang.rank == 0 else []
     groups = json.loads(gang.collective.all_gather(json.dumps(planned).encode())[0])
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -201,6 +205,12 @@ def told(gang: GangContext, put_out: Mapping[str, Any]) -> dict[str, Any]:
     here = json.dumps({name: list(each.shape) for name, each in put_out.items()})
     shapes = json.loads(gang.collective.all_gather(here.encode())[0])
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def _return_memory() -> None:
+    """Have glibc give back what is freed of a megabyte and more; it would keep it, in pieces that fit nothing else."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def _undivided(module: Any) -> dict[str, Any]:
