@@ -333,7 +333,7 @@ DRIVER = {
     "metrics has two values": lambda: metrics.made(["auroc", "auroc"], {"": Output("binary", (1,))}),
     "metrics=… is one of classes": lambda: metrics.made(["auroc"], ONE),
     "metrics=… needs arguments": lambda: metrics.made(["MultitaskWrapper"], ONE),
-    "the model keeps state beside": lambda: codec.save(Keeping(1, 1), "/nowhere"),
+    "the model keeps state beside": lambda: codec.save(Keeping(1, 1), None),
     "… is a …, and only numbers": lambda: trees.pack({"a": object()}, "state"),
     "the model puts out a": lambda: codec.by_name((1, 2)),
     "the model's … will have a shape": lambda: codec.check_shaped(torch.nn.LazyLinear(1)),
