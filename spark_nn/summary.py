@@ -76,6 +76,11 @@ class TrainingSummary:
         """The history as a table: a row per epoch, with its number as ``epoch``, ``seconds``, and every metric.
 
         A metric that has a value per class is a column of lists; what an epoch does not have is NaN.
+
+        Returns
+        -------
+        pandas.DataFrame
+            A new one.
         """
         from spark_nn import summary_view
 

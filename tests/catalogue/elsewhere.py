@@ -32,6 +32,11 @@ ELSEWHERE = {
     "the model has the": "keras/test_pretrained.py::test_networks_that_cannot_score_are_refused",
     "the model's input … has": "keras/test_pretrained.py::test_networks_that_cannot_score_are_refused",
     "the model's … has": "keras/test_pretrained.py::test_networks_that_cannot_score_are_refused",
+    "the model's train_step": "keras/test_backends.py::test_a_train_step_of_ones_own_is_cut_in_two_where_that_can_be",
+    "modelParallel lays out …, which": "keras/test_backend_fits.py::"
+    "test_a_pattern_that_no_variable_matches_is_refused_with_their_paths",
+    "sharding='fsdp' replaces": "torch/test_sharding.py::test_what_cannot_be_divided_is_refused",
+    "sharding='fsdp' cannot divide …": "torch/test_sharding.py::test_what_cannot_be_divided_is_refused",
     "this … has no summary,": "keras/test_pretrained.py::"
     "test_a_compiled_network_scores_saves_loads_and_goes_on_learning",
     "… rows cannot be": "dataset/test_plan.py::test_ranks_read_equally_much_and_every_row",
@@ -51,7 +56,7 @@ ELSEWHERE = {
     "after training": "keras/test_fit.py::test_weights_that_differ_between_ranks_fail_the_fit",
     "cannot go on from": "keras/test_resume.py::test_a_model_function_that_gives_another_model_is_told",
     "… kept silent for": "failure/test_gang_failures.py::test_a_rank_that_is_stopped_ends_the_gang_within_the_timeout",
-    "… took no data": "gang/test_ring.py::test_all_ranks_learn_within_the_timeout_who_keeps_silent",
+    "… took no data": "gang/test_ring.py::test_all_ranks_learn_after_the_timeout_who_keeps_silent",
     "… closed in good": "gang/test_ring.py::test_closing_too_early_is_told_from_dying",
     "rank 0 did not": "gang/test_visits.py::test_strangers_are_heard_by_nobody_and_who_never_comes_is_lost",
     "rank 0 is gone:": "gang/test_visits.py::test_strangers_are_heard_by_nobody_and_who_never_comes_is_lost",

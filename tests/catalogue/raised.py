@@ -5,7 +5,9 @@ An error may be returned in place of being raised, where raising it is somebody 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import importlib.util
 import sys
 import tempfile
 import time
@@ -23,7 +25,7 @@ import torch
 from pyspark.sql import SparkSession
 from pyspark.sql import types as T
 
-from spark_nn import KerasEstimator, KerasModel, TorchEstimator, TorchModel, cluster, columns, outputs
+from spark_nn import KerasEstimator, KerasModel, TorchEstimator, TorchModel, cluster, columns, outputs, summary_view
 from spark_nn.columns import Problem, Tensor
 from spark_nn.dataset import petastorm_compat
 from spark_nn.dataset.manifest import Manifest
@@ -33,8 +35,10 @@ from spark_nn.disk import _Connect, _Hadoop
 from spark_nn.export import Target
 from spark_nn.gang import launch, worker
 from spark_nn.gang.ring import Ring
-from spark_nn.keras import predict
+from spark_nn.keras import backends, predict
 from spark_nn.keras import pretrained as keras_pretrained
+from spark_nn.keras.sharding import Sharding
+from spark_nn.keras.stages import check_numbers
 from spark_nn.network import check_network
 from spark_nn.outputs import Choice, Output
 from spark_nn.persistence import ModelFile, StageWriter, _fetch
@@ -42,8 +46,9 @@ from spark_nn.ranks.context import RankContext
 from spark_nn.scoring import sql
 from spark_nn.scoring.scorer import Scorer
 from spark_nn.store import RunDir, store_url
-from spark_nn.torch import codec, losses, metrics, pretrained, training, trees
+from spark_nn.torch import codec, losses, metrics, pretrained, sharding, training, trees
 from spark_nn.torch import model as torch_model
+from spark_nn.tracking import events
 
 SCHEMA = T.StructType(
     [
@@ -53,6 +58,7 @@ SCHEMA = T.StructType(
     ]
 )
 ONE = {"": Output("regression", (1,))}
+CUT = {"mesh": {"model": 2}, "layout": {".*kernel": [None, "model"]}}
 TWO = {"x": Output("regression", (1,)), "y": Output("regression", (1,))}
 
 
@@ -178,8 +184,8 @@ def copying():
 
 def another_backend():
     backend = SimpleNamespace(backend=lambda: "jax")
-    with patch.dict(sys.modules, {"keras": SimpleNamespace(backend=backend)}):
-        predict.start_tensorflow(None)
+    with patch.dict(sys.modules, {"keras": SimpleNamespace(backend=backend)}), predict.own_backend("tensorflow"):
+        raise ValueError("no such operation")
 
 
 def written_anew():
@@ -216,7 +222,33 @@ def jaxlib_of_tomorrow():
     from spark_nn.ranks import jax
 
     with patch.object(jax, "_GLOO", "no_such_name"):
-        jax.initialize(SimpleNamespace(), {})
+        jax.join("127.0.0.1:1", "127.0.0.1", 2, 0, 1.0)
+
+
+def without_matplotlib():
+    with patch.object(importlib.util, "find_spec", return_value=None):
+        summary_view.plot(None, None, None)
+
+
+def without_tensorboard():
+    with patch.dict(sys.modules, {"tensorboard.summary.writer.record_writer": None}):
+        events.Events("file:///nowhere", SimpleNamespace(host="a-host"), 0)
+
+
+def without_jax():
+    with patch.dict(sys.modules, {"jax": None}):
+        sys.modules.pop("spark_nn.keras.backends.jax", None)
+        backends.room("jax")
+
+
+def cut(mesh=None, layout=None):
+    return Sharding.of({"mesh": mesh or {"model": 2}, "layout": layout or {".*kernel": [None, "model"]}})
+
+
+def divided(module, kinds=(b"cpu",)):
+    gang = SimpleNamespace(collective=SimpleNamespace(all_gather=lambda kind: kinds))
+    with sharding.sharded(gang, module, {}, torch.device("cpu"), seed=0, halves=False):
+        pass
 
 
 DRIVER = {
@@ -245,6 +277,7 @@ DRIVER = {
     "customObjects takes": lambda: keras(customObjects=[int]),
     "customObjects[…] takes": lambda: keras(customObjects={"MyLayer": 3}),
     "a … has no param": lambda: KerasModel._withParams({"nonsense": 1}),
+    "… has no param": lambda: keras(learning_rate=0.1),
     "model is not set": lambda: check_network(None, None, {}, "keras.Model"),
     # Params that do not go together.
     "… are both set, but name the same": lambda: keras(featuresCol="a", inputCols=["a"]).inputColumns(),
@@ -259,11 +292,14 @@ DRIVER = {
     "classWeights=…, but a label": spec_of_a_deep_label,
     "outputCols names": lambda: keras(outputCols={"x": "a"}).checkTrainingParams(),
     "…=… with parameterServers=1": lambda: keras(parameterServers=1, callbacks=named).checkParameterServers(),
+    "parameterServers=… with backend": lambda: keras(parameterServers=1, backend="jax").checkBackend(),
+    "collective='native' with backend": lambda: keras(collective="native", backend="torch").checkBackend(),
     "modelParams=… are arguments of a function, and": lambda: check_network(None, 1, {"a": 1}, "keras.Model"),
     "mixedPrecision='fp16'": lambda: training._check_precision("fp16", "cpu"),
     # Columns.
     "…=…: the DataFrame has no such column": lambda: keras(featuresCol="b").inputTensors(SCHEMA),
     "…=… has type": lambda: keras(featuresCol="day").inputTensors(SCHEMA),
+    "column … holds … values, and with": lambda: check_numbers("jax", [dataclasses.replace(numbers(), dtype="string")]),
     "column … is … in": ragged,
     "the function of a model was called with a struct": lambda: sql._array(pd.DataFrame({"a": [1]})),
     "the function of a model was called with values": lambda: sql._cast(pa.array(["x"]), numbers(()), "a", 0),
@@ -297,7 +333,7 @@ DRIVER = {
     "metrics has two values": lambda: metrics.made(["auroc", "auroc"], {"": Output("binary", (1,))}),
     "metrics=… is one of classes": lambda: metrics.made(["auroc"], ONE),
     "metrics=… needs arguments": lambda: metrics.made(["MultitaskWrapper"], ONE),
-    "the model keeps state beside": lambda: codec.save(Keeping(1, 1), "/nowhere"),
+    "the model keeps state beside": lambda: codec.save(Keeping(1, 1), None),
     "… is a …, and only numbers": lambda: trees.pack({"a": object()}, "state"),
     "the model puts out a": lambda: codec.by_name((1, 2)),
     "the model's … will have a shape": lambda: codec.check_shaped(torch.nn.LazyLinear(1)),
@@ -310,13 +346,34 @@ DRIVER = {
     "…=… makes an input of shape": lambda: pretrained._tensor("features", np.zeros((1, 3)), "inputCols", ["a", "b"]),
     "the model does not take its example": lambda: TorchModel.fromTorch(torch.nn.Linear(2, 1), np.zeros((1, 3), "f4")),
     "this … is empty": lambda: KerasModel().fitted,
+    "the model's … is of": lambda: codec.save(torch.nn.Linear(1, 1, dtype=torch.complex128), None),
+    # A model that is cut or divided.
+    "modelParallel with backend": lambda: keras(modelParallel=CUT, numWorkers=2).checkModelParallel(),
+    "modelParallel=…": lambda: Sharding.of({"mesh": {"model": 2}}),
+    "modelParallel has the mesh": lambda: cut({"model": 0}),
+    "modelParallel has no layout": lambda: Sharding.of({**CUT, "layout": {}}),
+    "modelParallel lays out … as …: must be a list": lambda: cut(layout={".*kernel": "model"}),
+    "modelParallel lays out … along": lambda: cut(layout={".*kernel": [None, "modle"]}),
+    "modelParallel has a mesh": lambda: cut().check(3, 32),
+    "batchSize=… cannot be cut": lambda: cut({"data": 2}, {".*": [None]}).check(2, 9),
+    "…=… with modelParallel": lambda: keras(
+        modelParallel=CUT, numWorkers=2, backend="jax", checkpointInterval=5
+    ).checkModelParallel(),
+    "modelParallel lays out … as …, and": lambda: cut().checkVariable("conv/kernel", (3, 3, 8), ".*kernel"),
+    "modelParallel cuts": lambda: cut().checkVariable("dense/kernel", (4, 9), ".*kernel"),
+    "sharding='fsdp' with collective": lambda: pytorch(sharding="fsdp", numWorkers=2, collective="ring")._check(),
+    "sharding='fsdp' with mixedPrecision": lambda: pytorch(
+        sharding="fsdp", numWorkers=2, mixedPrecision="fp16"
+    )._check(),
+    "sharding='fsdp' needs a GPU": lambda: divided(torch.nn.Linear(1, 1), (b"cpu", b"cuda")),
+    "sharding='fsdp' cannot divide sparse": lambda: divided(torch.nn.Sequential(torch.nn.Embedding(2, 2, sparse=True))),
     # Rows and the store.
     "there is no dataset in": lambda: in_the_store(no_dataset),
     "rank 0 has left no result": lambda: cause(None, told=True),
     "cannot … … in the store": lambda: in_the_store(list_a_file),
     "cannot read … in the store": rows_that_cannot_be_read,
     "storeUrl=…: …. Install": lambda: RunDir("no-such://x"),
-    "storeUrl=…: write it as": lambda: store_url(None, "file:/tmp"),
+    "…=…: write it as": lambda: store_url(None, "file:/tmp"),
     "spark_nn needs Petastorm": another_petastorm,
     "Petastorm was imported before": petastorm_before,
     "rank … …: this is a defect": a_defect,
@@ -327,8 +384,16 @@ DRIVER = {
     "another task of the gang was lost": lambda: gathering(broken),
     "the gang could not run": lambda: cause(RuntimeError("no resources"), told=False),
     "the Spark task that trained was lost": lambda: cause(None, told=False),
+    "backend=… needs the package": without_jax,
     "… was lost: …": lambda: lost_ring(OSError("no route to host")),
     "… closed its connection": lambda: lost_ring(EOFError()),
+    # Logs and the summary.
+    "logDir=… cannot be written": lambda: events.run_folder("no-such://x", "run"),
+    "logDir: …, where": lambda: events.Events("file:///nowhere", SimpleNamespace(host="a-host"), 0),
+    "logDir is set, and": without_tensorboard,
+    "plot needs matplotlib": without_matplotlib,
+    "metrics names …": lambda: summary_view._panels({"loss": [1.0]}, ["recall"]),
+    "ax has …": lambda: summary_view._axes([1, 2], 3),
     # `run`.
     "function=…": lambda: cluster._check_function(3, ()),
     "the function …, or what it is given": lambda: cluster._check_function(named, (sys._getframe(),)),
@@ -341,7 +406,7 @@ DRIVER = {
     "framework=… has nothing": lambda: RankContext.initialize(SimpleNamespace(framework="tensorflow")),
     "jaxlib …": jaxlib_of_tomorrow,
     # Scoring, saving and loading.
-    "this Python worker has imported Keras on": another_backend,
+    "the model wants backend=…": another_backend,
     "path=…: …. Install": lambda: Target("no-such://x", overwrite=False),
     "cannot write …: …": over_there,
     "… cannot be overwritten over Spark Connect": overwriting,

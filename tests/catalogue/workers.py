@@ -18,7 +18,7 @@ from spark_nn.columns import Tensor
 from spark_nn.dataset.materialize import check_count
 from spark_nn.gang.ring import Ring
 from spark_nn.gang.wire import Position
-from spark_nn.keras import archive, native, parameters
+from spark_nn.keras import archive, native, parameters, sharded
 from spark_nn.keras.training import KerasTrainer
 from spark_nn.model import Fitted
 from spark_nn.outputs import Output
@@ -62,7 +62,7 @@ def all_lost():
     gang = SimpleNamespace(world=2, progress=SimpleNamespace(update=lambda **_: None))
     trainer = SimpleNamespace(schedule=SimpleNamespace(epochs=1))
     with patch.object(parameters, "ParameterServer"), patch.object(parameters, "Hall", lambda *_: hall):
-        parameters.ParameterTrainer._serve(trainer, gang, SimpleNamespace(rows=lambda split: 1), None, {})
+        parameters.ParameterTrainer._serve(trainer, gang, SimpleNamespace(rows=lambda split: 1), None, {}, None)
 
 
 def native_too_late():
@@ -112,6 +112,7 @@ WORKERS = {
     "the model cannot be sent": lambda: Blueprint(None, {"lock": threading.Lock()}).pickled,
     "… is at …, and rank": out_of_step,
     "all … workers were lost": all_lost,
+    "callbacks holds a … that takes": lambda: sharded._check_callbacks([tf.keras.callbacks.ModelCheckpoint("x.keras")]),
     "TensorFlow is already at work": native_too_late,
     "TensorFlow's collective operations": native_broken,
     "torch.distributed failed": gloo_broken,
