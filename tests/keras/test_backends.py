@@ -6,6 +6,7 @@ own.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from tests.keras.ranks import BATCH, ROWS, Case, Ranks
@@ -98,6 +99,44 @@ def test_a_loss_that_is_not_finite_on_any_rank_stops_all_ranks_at_its_step(ranks
 def test_one_process_is_watched_too(ranks):
     (outcome,) = ranks.gang(1, "going_wrong", world=1, rank=None, made=10, epoch=1, jit=ranks.backend == "jax")
     assert "in epoch 1 at step 14, with learning rate 0.02." in last_line(outcome)
+
+
+def routed():
+    """Layers that take some rows only: a rank's rows go to one of two, and to the third come none."""
+    import keras
+
+    class Routed(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.experts = [keras.layers.Dense(6, "softplus", kernel_initializer="ones") for _ in range(3)]
+
+        def build(self, shape):
+            for expert in self.experts:
+                expert.build(shape)
+
+        def call(self, x):
+            put_out = keras.ops.zeros((len(x), 6))
+            for number, expert in enumerate(self.experts):
+                mine = x[:, 0] == number
+                if mine.any():
+                    put_out = put_out + mine[:, None] * expert(x)
+            return put_out
+
+    x, y = rows()
+    half = np.arange(ROWS) % BATCH // (BATCH // 2)
+    half[-(ROWS % BATCH) :] = np.arange(ROWS % BATCH) // (ROWS % BATCH // 2)
+    x[:, 0] = half
+    model = keras.Sequential([keras.Input((4,)), Routed(), keras.layers.Dense(1, kernel_initializer="ones")])
+    return Case(compiled(keras.optimizers.AdamW(0.05, weight_decay=0.1), model), x, y)
+
+
+def test_gradients_that_a_rank_lacks_count_as_zeros_and_none_at_all_as_none(ranks):
+    if ranks.backend != "torch":
+        pytest.skip("what a compiled step consists of does not depend on its rows")
+    outcomes, expected = equals_single(ranks, 2, "routed")
+    first, other, unused = [outcomes[0].weights[path] for path in outcomes[0].weights if "kernel" in path][:3]
+    assert not np.allclose(first, other)
+    assert (unused == 1).all()  # it does not even decay
 
 
 def own_step(way):

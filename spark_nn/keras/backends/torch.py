@@ -90,13 +90,18 @@ class Step:
 
 
 class Averager(host.Averager):
-    """Averages gradients over the ranks, in the memory that they lie in where that is the machine's own."""
+    """Averages gradients over the ranks, in the memory that they lie in where that is the machine's own.
 
-    def average(self, grads: Sequence[Any]) -> list[Any]:
-        """The gradients of the global batch, in one exchange."""
-        given = [grad for grad in grads if grad is not None]
-        if not given:
-            return list(grads)
+    A variable without a gradient on this rank counts as one of zeros: which of them take part may depend on a rank's
+    rows. One that has none on any rank is left without, as in a single process.
+    """
+
+    def average(self, grads: Sequence[Any], variables: Sequence[Any], news: bool) -> tuple[list[Any], bool]:
+        """The gradients of the global batch, in one exchange, and whether any rank has news."""
+        given = [
+            torch.zeros_like(variable.value) if grad is None else grad
+            for grad, variable in zip(grads, variables, strict=True)
+        ]
         # Halves add up in single precision; doubles stay doubles.
         wide = torch.float64 if any(grad.dtype == torch.float64 for grad in given) else torch.float32
         if any(grad.device.type != "cpu" for grad in given):
@@ -104,12 +109,15 @@ class Averager(host.Averager):
             parts = list(flat.split([grad.numel() for grad in given]))
         else:
             parts = [grad.to(wide).contiguous() for grad in given]
-        arrays = [part.numpy().reshape(-1) for part in parts]
+        flags = torch.tensor([*(grad is not None for grad in grads), news], dtype=wide)
+        arrays = [part.numpy().reshape(-1) for part in (*parts, flags)]
         self.mean(arrays, arrays)
-        means = iter(
-            part.reshape(grad.shape).to(grad.device, grad.dtype) for part, grad in zip(parts, given, strict=True)
-        )
-        return [None if grad is None else next(means) for grad in grads]
+        *used, told = (flags > 0).tolist()
+        means = [
+            part.reshape(grad.shape).to(grad.device, grad.dtype) if there else None
+            for part, grad, there in zip(parts, given, used, strict=True)
+        ]
+        return means, told
 
 
 def averager(engine: Engine, collective: Collective, address: str, timeout: float) -> Averager:
@@ -121,48 +129,82 @@ def methods(
     optimizers: Sequence[Any], model: keras.Model, averager: Averager | None, watch: Watch | None
 ) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     """Objects, and the methods that they need for the time of a training: see the room of TensorFlow."""
+    noted = None if watch is None else _Noted()
     for optimizer in optimizers:
-        noted = _Noted()
-        yield optimizer, "apply", _averaged(optimizer, averager, watch, noted)
-        if watch is not None:
+        if averager is not None:
+            yield optimizer, "apply", _averaged(optimizer, averager, noted)
+        if noted is not None:
             yield optimizer, "scale_loss", _seen(optimizer, noted)
+    if watch is not None and noted is not None:
+        yield model, "train_step", _counted(model, watch, noted)
 
 
 class _Noted:
-    """The loss of the step that is being made, on this rank."""
+    """What is known of the losses of the step that is being made.
 
-    bad: bool = False
+    Attributes
+    ----------
+    own : bool
+        Whether one of this rank's was not finite.
+    told : bool
+        Whether one of any rank's was not, which came with the gradients.
+    scaled : bool
+        Whether the step has passed a loss through an optimizer's ``scale_loss``.
+    """
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a step."""
+        self.own = self.told = self.scaled = False
 
 
-def _averaged(optimizer: Any, averager: Averager | None, watch: Watch | None, noted: _Noted) -> Callable[..., Any]:
+def _averaged(optimizer: Any, averager: Averager, noted: _Noted | None) -> Callable[..., Any]:
     """The optimizer's ``apply``, on gradients of the global batch."""
     original = optimizer.apply
 
     def apply(grads: Sequence[Any], trainable_variables: Any = None) -> Any:
         given = list(grads)
+        variables = optimizer._trainable_variables if trainable_variables is None else list(trainable_variables)
         with torch.no_grad():
-            if watch is not None:
-                # The news travels with the gradients, so that all ranks know it at the same step.
-                given.append(torch.tensor([float(noted.bad)]))
-            if averager is not None:
-                given = averager.average(given)
-            if watch is not None:
-                bad = bool(given.pop()[0] > 0)
-                watch.note(bad, learning_rate(optimizer) if bad else np.nan)
-        return original(given, trainable_variables)
+            # The news travels with the gradients, so that all ranks know it at the same step.
+            given, told = averager.average(given, variables, noted is not None and noted.own)
+        if noted is not None:
+            noted.told |= told
+        return original(given, None if trainable_variables is None else variables)
 
     return apply
 
 
 def _seen(optimizer: Any, noted: _Noted) -> Callable[[Any], Any]:
-    """The optimizer's ``scale_loss``, which every step passes its loss through before it is scaled."""
+    """The optimizer's ``scale_loss``, which a step passes its loss through before it is scaled."""
     original = optimizer.scale_loss
 
     def scale_loss(loss: Any) -> Any:
-        noted.bad = not bool(torch.isfinite(loss).all())
+        noted.scaled = True
+        noted.own |= not bool(torch.isfinite(loss).all())
         return original(loss)
 
     return scale_loss
+
+
+def _counted(model: keras.Model, watch: Watch, noted: _Noted) -> Callable[..., Any]:
+    """The model's ``train_step``, counted; where it does not scale the loss, the loss that it logs is watched."""
+    original = model.train_step
+
+    def train_step(*args: Any, **kwargs: Any) -> Any:
+        rate = learning_rate(model.optimizer)
+        noted.begin()
+        logs = original(*args, **kwargs)
+        loss = logs.get("loss") if isinstance(logs, dict) else None
+        if loss is not None and not noted.scaled:
+            # Known too late for this step's exchange: this rank alone ends the fit, and with it the others'.
+            noted.own = not np.isfinite(keras.ops.convert_to_numpy(loss)).all()
+        watch.note(noted.own or noted.told, rate)
+        return logs
+
+    return train_step
 
 
 def ready(model: keras.Model) -> None:
