@@ -60,6 +60,7 @@ class Forward:
     """
 
     def __init__(self, model: Any, device: str) -> None:
+        _still(model)
         self._model = model
         self._device = device
 
@@ -81,12 +82,22 @@ class Step:
     """
 
     def __init__(self, model: Any) -> None:
+        _still(model)
         self._model = model
 
     def __call__(self, data: tuple[Any, ...], known: bool) -> None:
         """Take in a batch."""
         with torch.no_grad():
             self._model.test_step(tensors(data))
+
+
+def _still(model: Any) -> None:
+    """Tell PyTorch's code that no training goes on, where it asks its module and not the argument.
+
+    PyTorch sees attributes only, and not the layers that a model keeps in a list: Keras's own ``eval`` misses those.
+    """
+    for layer in model._flatten_layers():
+        layer.eval()
 
 
 class Averager(host.Averager):
