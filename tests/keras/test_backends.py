@@ -139,6 +139,60 @@ def test_gradients_that_a_rank_lacks_count_as_zeros_and_none_at_all_as_none(rank
     assert (unused == 1).all()  # it does not even decay
 
 
+def wrapped():
+    """What PyTorch keeps and draws by itself: running statistics, and dropout."""
+    import keras
+    import torch
+
+    from spark_nn.keras import backends
+    from spark_nn.keras.tally import array_of
+
+    class Wrapped(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm1d(4)
+
+        def call(self, x, training=None):
+            return torch.nn.functional.dropout(self.norm(x, training=training), 0.2, self.training)
+
+    def probe(model):
+        room = backends.current()
+        found = {each.path.rpartition(".")[2]: array_of(each) for each in room.buffers(model)}
+        state, drawn = room.random_state(), torch.rand(3).tolist()
+        room.set_random_state(state)
+        assert torch.rand(3).tolist() == drawn
+        block = {"": case.x}
+        scored = [room.Forward(model, "cpu")(block, False, None)[""] for _ in range(2)]
+        model.reset_metrics()
+        room.Step(model)((case.x, case.y), True)
+        return {**found, "drawn": drawn, "scored": scored, "measured": model.get_metrics_result()["loss"].item()}
+
+    case = Case(compiled("sgd", keras.Sequential([keras.Input((4,)), Wrapped(), *smooth().layers])), *rows())
+    case.probe = probe
+    # What Keras builds a model with has moved them already.
+    norm = case.model.layers[0].norm.module
+    case.callbacks = [keras.callbacks.LambdaCallback(on_train_begin=lambda logs: norm.reset_running_stats())]
+    return case
+
+
+def test_what_pytorch_keeps_by_itself_is_kept_in_step_and_does_not_train_when_it_scores(ranks):
+    if ranks.backend != "torch":
+        pytest.skip("PyTorch's own")
+    one, other = (outcome.probe for outcome in ranks.alike(2, "wrapped"))
+    x, y = rows()
+    assert one["num_batches_tracked"] == other["num_batches_tracked"] == 12
+    np.testing.assert_array_equal(one["running_mean"], other["running_mean"])
+    # Each rank moves them by the halves of the batches that it gets; for both together that is by whole batches.
+    mean = np.zeros(4)
+    for batch in [x[start : start + BATCH] for start in range(0, ROWS, BATCH)] * 2:
+        mean = 0.9 * mean + 0.1 * batch.mean(axis=0)
+    np.testing.assert_allclose(one["running_mean"], mean, rtol=1e-5)
+    assert one["drawn"] != other["drawn"]
+    first, again = one["scored"]
+    np.testing.assert_array_equal(first, again)
+    assert one["measured"] == pytest.approx(float(np.mean((first - y) ** 2)), rel=1e-5)
+
+
 def own_step(way):
     """A ``train_step`` of the user's own, as JAX has them: good, or doing more than what can be cut in two."""
     import jax

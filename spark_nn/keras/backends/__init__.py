@@ -19,6 +19,10 @@ room has the same things in it:
     Methods that make a model and its optimizers train in step.
 ``ready``
     Settings of a compiled model that several ranks need.
+``buffers``
+    What a model keeps besides Keras's variables, to be read and written as these are.
+``random_state``, ``set_random_state``
+    The state of the backend's own generators of random numbers, as arrays by names.
 ``TOGETHER``
     Whether it pays to run several steps in one call.
 ``dataset``, ``first``

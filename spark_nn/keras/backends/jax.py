@@ -18,6 +18,7 @@ from spark_nn.errors import ParamError
 from spark_nn.gang.collective import Collective, Engine
 from spark_nn.keras.backends import replaced
 from spark_nn.keras.backends.host import TOGETHER, Averager, Watch, dataset, first, learning_rate
+from spark_nn.keras.backends.plain import buffers, random_state, set_random_state
 from spark_nn.keras.describe import by_name
 from spark_nn.share import Share
 
@@ -28,11 +29,14 @@ __all__ = [
     "Step",
     "Watch",
     "averager",
+    "buffers",
     "dataset",
     "first",
     "methods",
     "prepare",
+    "random_state",
     "ready",
+    "set_random_state",
     "start",
     "tensors",
 ]

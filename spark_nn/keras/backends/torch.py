@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import keras
 import numpy as np
@@ -22,11 +22,14 @@ __all__ = [
     "Step",
     "Watch",
     "averager",
+    "buffers",
     "dataset",
     "first",
     "methods",
     "prepare",
+    "random_state",
     "ready",
+    "set_random_state",
     "start",
     "tensors",
 ]
@@ -216,6 +219,56 @@ def _counted(model: keras.Model, watch: Watch, noted: _Noted) -> Callable[..., A
         return logs
 
     return train_step
+
+
+class Buffer:
+    """What PyTorch's code keeps beside parameters, to be read and written as one of Keras's variables is.
+
+    Parameters
+    ----------
+    path : str
+        Its name.
+    tensor : torch.Tensor
+        Where it lies.
+    """
+
+    trainable: ClassVar[bool] = False
+
+    def __init__(self, path: str, tensor: torch.Tensor) -> None:
+        self.path = self.name = path
+        self.value = tensor
+        self.shape = tuple(tensor.shape)
+        self.dtype = str(tensor.dtype).removeprefix("torch.")
+
+    def assign(self, value: np.ndarray) -> None:
+        """Give it a value."""
+        with torch.no_grad():
+            self.value.copy_(keras.ops.convert_to_tensor(value, dtype=self.dtype))
+
+
+def buffers(model: keras.Model) -> list[Buffer]:
+    """What a model's PyTorch code keeps beside parameters, such as the running statistics of its normalisations.
+
+    It is Keras's of no kind: neither a variable nor a weight.
+    """
+    found: dict[int, Buffer] = {}
+    for layer in model._flatten_layers():
+        for name, tensor in layer.named_buffers():
+            found.setdefault(id(tensor), Buffer(f"{layer.name}/{name}", tensor))
+    return list(found.values())
+
+
+def random_state() -> dict[str, np.ndarray]:
+    """The state of PyTorch's generators."""
+    state = {"torch-state": torch.get_rng_state().numpy()}
+    return {**state, "cuda-state": torch.cuda.get_rng_state().numpy()} if torch.cuda.is_available() else state
+
+
+def set_random_state(arrays: Mapping[str, np.ndarray]) -> None:
+    """Go on from the state that :func:`random_state` gave."""
+    torch.set_rng_state(torch.from_numpy(arrays["torch-state"]))
+    if "cuda-state" in arrays:
+        torch.cuda.set_rng_state(torch.from_numpy(arrays["cuda-state"]))
 
 
 def ready(model: keras.Model) -> None:
