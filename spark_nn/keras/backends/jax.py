@@ -97,7 +97,7 @@ class Forward:
     def __call__(self, part: dict[str, np.ndarray], named: bool, fixed: int | None) -> dict[str, np.ndarray]:
         """The outputs of some rows by their names; the only input and the only output have the empty one."""
         rows = len(next(iter(part.values())))
-        size = self._size(rows)
+        size = fixed or self._size(rows)
         if size > rows:  # the last row stands in for those that lack
             part = {
                 name: np.concatenate([array, np.repeat(array[-1:], size - rows, axis=0)])
