@@ -162,8 +162,9 @@ def methods(
         if averager is not None:
             model.train_function = _repeated(model, _Halves(model, averager, watch))
         elif watch is not None:
-            original(force)
-            model.train_function = _watched(model, model.train_function, watch)
+            with replaced(model, "steps_per_execution", 1):  # so that every step is seen
+                original(force)
+            model.train_function = _repeated(model, _watched(model, model.train_function, watch))
 
     yield model, "make_train_function", make_train_function
 
@@ -187,16 +188,16 @@ def _repeated(model: keras.Model, step: Callable[[Any, Any], Any]) -> Callable[[
     return train_function
 
 
-def _watched(model: keras.Model, original: Callable[..., Any], watch: Watch) -> Callable[..., Any]:
-    """A training function of Keras's own, whose loss is looked at: its mean stays infinite once it is."""
+def _watched(model: keras.Model, original: Callable[..., Any], watch: Watch) -> Callable[[Any, Any], Any]:
+    """A step of Keras's own, whose loss is looked at: its mean stays infinite once it is."""
 
-    def train_function(state: Any, batches: Iterator[Any]) -> Any:
-        logs, state = original(state, batches)
+    def step(state: Any, batch: Any) -> Any:
+        logs, state = original(state, iter([batch]))
         bad = "loss" in logs and not np.isfinite(np.asarray(logs["loss"])).all()
         watch.note(bad, _rate(model.optimizer, state[2], 1) if bad else np.nan)
         return logs, state
 
-    return train_function
+    return step
 
 
 class _Halves:
