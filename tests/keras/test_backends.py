@@ -97,8 +97,46 @@ def test_a_loss_that_is_not_finite_on_any_rank_stops_all_ranks_at_its_step(ranks
 
 
 def test_one_process_is_watched_too(ranks):
-    (outcome,) = ranks.gang(1, "going_wrong", world=1, rank=None, made=10, epoch=1, jit=ranks.backend == "jax")
+    jax = ranks.backend == "jax"
+    (outcome,) = ranks.gang(1, "going_wrong", world=1, rank=None, made=10, epoch=1, jit=jax, spe=4 if jax else 1)
     assert "in epoch 1 at step 14, with learning rate 0.02." in last_line(outcome)
+
+
+def by_two(**settings):
+    """A ``train_step`` for PyTorch that scales no loss, and applies the gradients by two optimizers."""
+    import keras
+    import torch
+
+    from tests.keras.test_sync import going_wrong
+
+    case = going_wrong(**settings)
+    model = case.model
+    model.other = keras.optimizers.SGD(0.01)
+
+    def train_step(data):
+        x, y = data
+        model.zero_grad()
+        loss = model.compute_loss(x, y, model(x, training=True))
+        loss.backward()
+        for optimizer, variables in (
+            (model.optimizer, model.trainable_weights[:2]),
+            (model.other, model.trainable_weights[2:]),
+        ):
+            with torch.no_grad():
+                optimizer.apply([variable.value.grad for variable in variables], variables)
+        return {"loss": loss}
+
+    vars(model)["train_step"] = train_step
+    return case
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_train_step_that_scales_no_loss_is_watched_by_what_it_logs(ranks, world):
+    if ranks.backend != "torch":
+        pytest.skip("JAX's log their loss, too, and have one optimizer")
+    outcomes = ranks.gang(world, "by_two", world=world, rank=world - 1)
+    assert "in epoch 2 at step 4, with learning rate 0.01." in last_line(outcomes[-1])
+    assert all(outcome.error for outcome in outcomes)
 
 
 def routed():
@@ -133,7 +171,7 @@ def routed():
 def test_gradients_that_a_rank_lacks_count_as_zeros_and_none_at_all_as_none(ranks):
     if ranks.backend != "torch":
         pytest.skip("what a compiled step consists of does not depend on its rows")
-    outcomes, expected = equals_single(ranks, 2, "routed")
+    outcomes, _ = equals_single(ranks, 2, "routed")
     first, other, unused = [outcomes[0].weights[path] for path in outcomes[0].weights if "kernel" in path][:3]
     assert not np.allclose(first, other)
     assert (unused == 1).all()  # it does not even decay
@@ -191,6 +229,59 @@ def test_what_pytorch_keeps_by_itself_is_kept_in_step_and_does_not_train_when_it
     first, again = one["scored"]
     np.testing.assert_array_equal(first, again)
     assert one["measured"] == pytest.approx(float(np.mean((first - y) ** 2)), rel=1e-5)
+
+
+def large_numbers():
+    """What JAX's room says of whole numbers beyond 32 bits, wherever they come from; and of models of five rows."""
+    import keras
+
+    from spark_nn.columns import Tensor
+    from spark_nn.errors import ColumnError
+    from spark_nn.keras import backends
+    from spark_nn.keras.predict import KerasPredictor
+
+    room = backends.current()
+    large = np.array([3, 2**31])
+
+    def refused(function, *arguments):
+        try:
+            function(*arguments)
+        except ColumnError as error:
+            return str(error)
+        return ""
+
+    def probe(model):
+        ids = keras.Sequential([keras.Input((), dtype="int64"), keras.layers.Rescaling(1.0)])
+        forward = room.Forward(ids, "cpu:0")
+        tensor = Tensor("features", ("id",), "scalar", "int64", 0, ())
+        five = keras.Sequential([keras.Input((4,), batch_size=5), Five()])
+        return {
+            "training": refused(room.check_block, [tensor], {"features": large}),
+            "scoring": refused(forward, {"": -large - 1}, False, None),
+            "measuring": refused(room.Step(model), (case.x[:2], large), True),
+            "fits": forward({"": large - 1}, False, None)[""].tolist(),
+            "five": KerasPredictor(five, "cpu:0", "jax")(case.x[:12]),
+        }
+
+    class Five(keras.layers.Layer):
+        def call(self, x):
+            return keras.ops.reshape(keras.ops.reshape(x, (5, 2, 2)) * 2.0, (5, 4))
+
+    case = Case(compiled("sgd"), *rows(), epochs=1, probe=probe)
+    return case
+
+
+def test_jax_refuses_whole_numbers_that_it_would_wrap_and_keeps_to_a_fixed_number_of_rows(ranks):
+    if ranks.backend != "jax":
+        pytest.skip("PyTorch has 64 bits, and takes any number of rows")
+    (outcome,) = ranks.alike(1, "large_numbers")
+    found = outcome.probe
+    number = "holds the whole number {}, and JAX takes those from -2147483648 to 2147483647"
+    assert found["training"].startswith("column 'id' " + number.format(2**31))
+    assert found["scoring"].startswith("the model's only input " + number.format(-(2**31) - 1))
+    assert found["measuring"].startswith("the model's only label " + number.format(2**31))
+    assert found["fits"] == [2, 2**31]  # as floats, which have no odd numbers there
+    np.testing.assert_array_equal(found["five"], 2 * rows()[0][:12])
 
 
 def own_step(way):

@@ -6,7 +6,7 @@ One function with a call of Python in its midst would wait for itself where ther
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from spark_nn.columns import Tensor
 from spark_nn.errors import ParamError
 from spark_nn.gang.collective import Collective, Engine
 from spark_nn.keras.backends import replaced
-from spark_nn.keras.backends.host import TOGETHER, Averager, Watch, dataset, first, learning_rate
+from spark_nn.keras.backends.host import TOGETHER, Averager, Watch, check_range, dataset, first, learning_rate
 from spark_nn.keras.backends.plain import buffers, random_state, set_random_state
 from spark_nn.keras.describe import by_name
 from spark_nn.share import Share
@@ -69,6 +70,25 @@ def tensors(arrays: Any) -> Any:
     return keras.tree.map_structure(jnp.asarray, arrays)
 
 
+def check_block(tensors: Sequence[Tensor], block: Mapping[str, np.ndarray]) -> None:
+    """Refuse rows of a dataset with whole numbers that JAX, which drops their upper halves, would take for others."""
+    for tensor in tensors:
+        names = ", ".join(map(repr, tensor.columns))
+        what = f"column {names}" if len(tensor.columns) == 1 else f"one of the columns {names}"
+        _check_range(what, block[tensor.name])
+
+
+def _check_parts(kind: str, parts: Any) -> None:
+    """The same for a model's inputs, or its labels: one array, or several by name or in order."""
+    several = dict(enumerate(parts)) if isinstance(parts, (tuple, list)) else parts
+    for name, array in (several if isinstance(several, dict) else {"": several}).items():
+        _check_range(f"the model's only {kind}" if name == "" else f"the model's {kind} {name!r}", array)
+
+
+def _check_range(what: str, array: np.ndarray) -> None:
+    check_range(what, array, jax.dtypes.canonicalize_dtype(array.dtype) if array.dtype.kind in "iu" else array.dtype)
+
+
 class Forward:
     """A model that predicts blocks of rows, compiled once for each of few sizes.
 
@@ -96,6 +116,7 @@ class Forward:
 
     def __call__(self, part: dict[str, np.ndarray], named: bool, fixed: int | None) -> dict[str, np.ndarray]:
         """The outputs of some rows by their names; the only input and the only output have the empty one."""
+        _check_parts("input", part)
         rows = len(next(iter(part.values())))
         size = fixed or self._size(rows)
         if size > rows:  # the last row stands in for those that lack
@@ -129,6 +150,8 @@ class Step:
 
     def __call__(self, data: tuple[Any, ...], known: bool) -> None:
         """Take in a batch; a number of rows that is not known may never come again, and is worth no compiling."""
+        for kind, parts in zip(("input", "label"), data, strict=False):
+            _check_parts(kind, parts)
         model = self._model
         if not self._ready:
             # Keras makes a metric's variables when it meets the first batch, and must not do so in the step.
