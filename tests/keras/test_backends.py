@@ -6,6 +6,9 @@ own.
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -182,13 +185,18 @@ def wrapped():
     import keras
     import torch
 
+    from spark_nn.checkpoint import Place
+    from spark_nn.gang.collective import Alone
     from spark_nn.keras import backends
+    from spark_nn.keras.resume import Keeper, _set_random
     from spark_nn.keras.tally import array_of
 
     class Wrapped(keras.layers.Layer):
         def __init__(self):
             super().__init__()
-            self.norm = torch.nn.BatchNorm1d(4)
+            norm = torch.nn.BatchNorm1d(4)
+            norm.register_buffer("process", torch.tensor(float(os.getpid()), dtype=torch.float64))
+            self.norm = norm
 
         def call(self, x, training=None):
             return torch.nn.functional.dropout(self.norm(x, training=training), 0.2, self.training)
@@ -196,14 +204,36 @@ def wrapped():
     def probe(model):
         room = backends.current()
         found = {each.path.rpartition(".")[2]: array_of(each) for each in room.buffers(model)}
-        state, drawn = room.random_state(), torch.rand(3).tolist()
-        room.set_random_state(state)
-        assert torch.rand(3).tolist() == drawn
+        drawn = kept(model)
         block = {"": case.x}
         scored = [room.Forward(model, "cpu")(block, False, None)[""] for _ in range(2)]
         model.reset_metrics()
         room.Step(model)((case.x, case.y), True)
-        return {**found, "drawn": drawn, "scored": scored, "measured": model.get_metrics_result()["loss"].item()}
+        return {
+            **found,
+            "drawn": drawn,
+            "scored": scored,
+            "pid": os.getpid(),
+            "measured": model.get_metrics_result()["loss"].item(),
+        }
+
+    def kept(model):
+        """What is drawn after a checkpoint; brought back, it is drawn again, and all buffers are as before."""
+        saved = {}
+        progress = SimpleNamespace(state=SimpleNamespace(history={}, seconds=0.0))
+        gang = SimpleNamespace(rank=0, collective=Alone(), progress=progress)
+        checkpoints = SimpleNamespace(save=lambda place, state, alike, own: saved.update(alike, **own))
+        keeper = Keeper(model, gang, checkpoints, [], 1, 1)
+        keeper._save(Place(0, 1))
+        drawn = torch.rand(3).tolist()
+        before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+        for each in backends.current().buffers(model):
+            each.assign(0 * array_of(each))
+        keeper._assign(saved)
+        _set_random(saved)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in norm.state_dict().items())
+        assert torch.rand(3).tolist() == drawn
+        return drawn
 
     case = Case(compiled("sgd", keras.Sequential([keras.Input((4,)), Wrapped(), *smooth().layers])), *rows())
     case.probe = probe
@@ -218,6 +248,7 @@ def test_what_pytorch_keeps_by_itself_is_kept_in_step_and_does_not_train_when_it
         pytest.skip("PyTorch's own")
     one, other = (outcome.probe for outcome in ranks.alike(2, "wrapped"))
     x, y = rows()
+    assert one["process"] == other["process"] == one["pid"] != other["pid"]
     assert one["num_batches_tracked"] == other["num_batches_tracked"] == 12
     np.testing.assert_array_equal(one["running_mean"], other["running_mean"])
     # Each rank moves them by the halves of the batches that it gets; for both together that is by whole batches.
