@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import h5py
+import jax
 import numpy as np
 import tensorflow as tf
 from pyspark.sql import types as T
@@ -80,6 +81,11 @@ def gloo_broken():
         raise RuntimeError("[gloo] connection closed by peer")
 
 
+def jax_broken():
+    with sharded._judged(SimpleNamespace(collective=SimpleNamespace(barrier=lambda: None), rank=0)):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: connection closed by peer")
+
+
 def other_metrics():
     with patch("spark_nn.torch.metrics._unpacked", return_value={"metrics": [1]}):
         Tally.take(SimpleNamespace(_metrics={}), [b""])
@@ -116,6 +122,7 @@ WORKERS = {
     "TensorFlow is already at work": native_too_late,
     "TensorFlow's collective operations": native_broken,
     "torch.distributed failed": gloo_broken,
+    "JAX's collective operations": jax_broken,
     "other metrics were counted": other_metrics,
     "Keras is not installed": no_keras,
     "… is not a whole zip file": cut_off,
