@@ -24,6 +24,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from spark_nn.errors import ParamError
@@ -41,23 +42,62 @@ _MMAP_THRESHOLD = -3  # of malloc.h
 _PLAIN = (torch.Tensor, bool, int, float, str, type(None))
 
 
+class _Uses(TorchFunctionMode):  # type: ignore[misc]
+    """Finds the layers of which a parameter is used, within the mode, while they are not called.
+
+    Parameters
+    ----------
+    holders : dict of int to set of str
+        For each parameter, by its identity, the layers that it is a part of.
+    """
+
+    def __init__(self, holders: Mapping[int, set[str]]) -> None:
+        super().__init__()
+        self.holders = holders
+        self.called: list[str] = []  # the layers under way, the innermost last
+        self.outside: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See ``torch.overrides.TorchFunctionMode``."""
+        put_out = func(*args, **(kwargs or {}))
+        # To ask for a type, a shape or a device is no use: what is divided answers that as well.
+        if any(isinstance(leaf, (torch.Tensor, type(None))) for leaf in tree_leaves(put_out)):
+            for leaf in tree_leaves((args, kwargs)):
+                self.outside |= self.holders.get(id(leaf), set()).difference(self.called)
+        return put_out
+
+
 def called_once(module: Any, specs: Specs) -> set[str]:
-    """The layers that a network calls exactly once for a row, and that return tensors, in lists and dicts at most."""
+    """The layers that a network calls exactly once for a row, and whose parameters it uses only within that call.
+
+    Only those that return tensors, in lists and dicts at most.
+    """
     names = {each: name for name, each in module.named_modules()}
+    holders: dict[int, set[str]] = {}
+    for name, each in module.named_modules():
+        for parameter in each.parameters():
+            holders.setdefault(id(parameter), set()).add(name)
+    uses = _Uses(holders)
     counted: Counter[str] = Counter()
 
-    def note(each: Any, _: Any, put_out: Any) -> None:
+    def enter(each: Any, _: Any) -> None:
+        uses.called.append(names[each])
+
+    def leave(each: Any, _: Any, put_out: Any) -> None:
+        uses.called.pop()
         counted[names[each]] += 1 if all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(put_out)) else 2
 
-    hooks = [each.register_forward_hook(note) for each in names]
+    hooks = [each.register_forward_pre_hook(enter, prepend=True) for each in names]
+    hooks += [each.register_forward_hook(leave) for each in names]
     training = module.training
     try:
-        codec.forward(module.eval(), codec.example(specs))
+        with uses:
+            codec.forward(module.eval(), codec.example(specs))
     finally:
         module.train(training)
         for hook in hooks:
             hook.remove()
-    return {name for name, times in counted.items() if times == 1}
+    return {name for name, times in counted.items() if times == 1} - uses.outside
 
 
 def groups_of(module: Any, called: set[str], least: int = LEAST) -> list[str]:

@@ -36,6 +36,7 @@ CASES = {
         "optimizerParams": {"momentum": 0.9},
         "clipGradValue": 0.01,
     },
+    "tied": {"model": models.tied_by_attribute},
     "halves": {"model": models.wide, "mixedPrecision": "bf16"},
     "instance": {"model": models.wide(), "weights": "model"},
 }
@@ -115,6 +116,8 @@ def test_layers_are_brought_together_by_size_where_they_are_called():
     # A bias that two layers use stays with what holds both.
     found = sharding.groups_of(module, called, 1)
     assert found[:2] == ["tracked", "norm"] and {"head", "again"}.isdisjoint(found)
+    # What is used without a call stays with what holds that use; to be asked for a type is no use.
+    assert sharding.called_once(models.tied_by_attribute(), SPECS) == {"inner", ""}
     twice = torch.nn.Linear(3, 3)
     assert sharding.called_once(torch.nn.Sequential(twice, twice), SPECS) == {""}
     assert all(each.is_meta for each in sharding.outline(Blueprint(models.transformer), SPECS).parameters())
