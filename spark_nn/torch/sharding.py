@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
+import hashlib
 import json
 import platform
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -28,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from spark_nn.errors import ParamError
+from spark_nn.gang.collective import Collective
 from spark_nn.gang.context import GangContext
 from spark_nn.torch import codec, rendezvous, sync
 from spark_nn.torch.averaging import NativeAverager
@@ -191,10 +196,33 @@ class Sharded(NativeAverager):
             _check_gone(refs)
         buffers = {id(each): torch.empty_like(each, device=device) for each in module.buffers() if each.is_meta}
         _exchange(module, buffers)
+        self._keep_in_step(module, groups)
 
     def whole(self, tensor: Any) -> Any:
         """See :meth:`Averager.whole`."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def _keep_in_step(self, module: Any, groups: list[str]) -> None:
+        """Have each forward pass end with a look at whether all ranks have gone through the same groups.
+
+        An exchange has no name: where ranks skip different layers of one size, each would compute with parts of
+        several, and no one would notice.
+        """
+        passed: list[str] = []
+
+        def note(name: str, *_: Any) -> None:
+            passed.append(name)
+
+        def begin(*_: Any) -> None:
+            passed.clear()
+
+        def compare(*_: Any) -> None:
+            _check_passed(self.collective, passed)
+
+        for name in groups:
+            module.get_submodule(name).register_forward_pre_hook(functools.partial(note, name), prepend=True)
+        module.register_forward_pre_hook(begin, prepend=True)
+        module.register_forward_hook(compare)
 
 
 @contextlib.contextmanager
@@ -255,6 +283,24 @@ def _return_memory() -> None:
 
 def _undivided(module: Any) -> dict[str, Any]:
     return {name: each for name, each in module.named_parameters() if not isinstance(each, DTensor)}
+
+
+def _check_passed(collective: Collective, passed: list[str]) -> None:
+    """Refuse ranks that have gone through different groups, by their names, or in another order."""
+    digest = hashlib.sha256(json.dumps(passed).encode()).digest()
+    number = int.from_bytes(digest[:8], "little", signed=True) // 2  # so that its negative is a number, too
+    bounds = np.array([number, -number], np.int64)
+    collective.all_reduce(bounds, "max")
+    if bounds[0] == -bounds[1]:
+        return
+    found = [json.loads(each) for each in collective.all_gather(json.dumps(passed).encode())]
+    other = next(rank for rank, each in enumerate(found) if each != found[0])
+    names, others = next(pair for pair in zip_longest(found[0], found[other]) if pair[0] != pair[1])
+    raise ParamError(
+        f"sharding='fsdp' needs all workers to go through the same layers, and rank 0 came to {names or 'its end'} "
+        f"where rank {other} came to {others or 'its end'}: skip no layers at random (LayerDrop, stochastic depth) or "
+        "by the rows, or set sharding='none'"
+    )
 
 
 def _check_gone(refs: Mapping[str, weakref.ref[Any]]) -> None:

@@ -23,6 +23,7 @@ from spark_nn.keras import archive, native, parameters, sharded
 from spark_nn.keras.training import KerasTrainer
 from spark_nn.model import Fitted
 from spark_nn.outputs import Output
+from spark_nn.torch import sharding
 from spark_nn.torch.averaging import NativeAverager
 from spark_nn.torch.blueprint import Blueprint
 from spark_nn.torch.metrics import Tally
@@ -86,6 +87,14 @@ def jax_broken():
         raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: connection closed by peer")
 
 
+def other_layers():
+    def reduce(bounds, op):
+        bounds[0] += 1
+
+    passed = [b'["", "a"]', b'["", "b"]']
+    sharding._check_passed(SimpleNamespace(all_reduce=reduce, all_gather=lambda mine: passed), ["", "a"])
+
+
 def other_metrics():
     with patch("spark_nn.torch.metrics._unpacked", return_value={"metrics": [1]}):
         Tally.take(SimpleNamespace(_metrics={}), [b""])
@@ -123,6 +132,7 @@ WORKERS = {
     "TensorFlow's collective operations": native_broken,
     "torch.distributed failed": gloo_broken,
     "JAX's collective operations": jax_broken,
+    "sharding='fsdp' needs all workers": other_layers,
     "other metrics were counted": other_metrics,
     "Keras is not installed": no_keras,
     "… is not a whole zip file": cut_off,

@@ -68,7 +68,9 @@ def trained(data, tmp_path_factory):
             if made.recipe.weights:
                 jobs[f"{name} {way}"][0].mkdir()
                 codec.save(CASES[name]["model"], jobs[f"{name} {way}"][0] / WEIGHTS)
-    for name, outcome in zip(jobs, ranks.train(data, list(jobs.values())), strict=False):
+    skipping = folder / "skipping", 0, ranks.divided(ranks.trainer(models.skipping))
+    *outcomes, found["skipping"] = ranks.train(data, [*jobs.values(), skipping])
+    for name, outcome in zip(jobs, outcomes, strict=False):
         assert not outcome.errors, "\n".join([name, *outcome.errors])
         found[name] = outcome
     assert not list(folder.glob("*/scratch-*/*"))
@@ -99,6 +101,16 @@ def test_a_rank_is_killed_and_the_next_attempt_comes_to_the_same_bits(trained):
     assert again.history == undisturbed.history
     for name, values in undisturbed.weights.items():
         assert again.weights[name].tobytes() == values.tobytes(), name
+
+
+def test_ranks_that_go_through_different_layers_are_told_which(trained):
+    """The layers are of one size, so that nothing else would tell."""
+    for error in trained["skipping"].errors:
+        assert error.splitlines()[-1].startswith(
+            "spark_nn.errors.ParamError: sharding='fsdp' needs all workers to go through the same layers, and rank 0 "
+            "came to inner.1 where rank 1 came to inner.0"
+        )
+    assert len(trained["skipping"].errors) == 2
 
 
 def test_a_rank_holds_a_part_only(trained):
