@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import h5py
+import jax
 import numpy as np
 import tensorflow as tf
 from pyspark.sql import types as T
@@ -23,6 +24,7 @@ from spark_nn.keras.backends import host
 from spark_nn.keras.training import KerasTrainer
 from spark_nn.model import Fitted
 from spark_nn.outputs import Output
+from spark_nn.torch import sharding
 from spark_nn.torch.averaging import NativeAverager
 from spark_nn.torch.blueprint import Blueprint
 from spark_nn.torch.metrics import Tally
@@ -85,6 +87,19 @@ def gloo_broken():
         raise RuntimeError("[gloo] connection closed by peer")
 
 
+def jax_broken():
+    with sharded._judged(SimpleNamespace(collective=SimpleNamespace(barrier=lambda: None), rank=0)):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: connection closed by peer")
+
+
+def other_layers():
+    def reduce(bounds, op):
+        bounds[0] += 1
+
+    passed = [b'["", "a"]', b'["", "b"]']
+    sharding._check_passed(SimpleNamespace(all_reduce=reduce, all_gather=lambda mine: passed), ["", "a"])
+
+
 def other_metrics():
     with patch("spark_nn.torch.metrics._unpacked", return_value={"metrics": [1]}):
         Tally.take(SimpleNamespace(_metrics={}), [b""])
@@ -122,6 +137,8 @@ WORKERS = {
     "TensorFlow is already at work": native_too_late,
     "TensorFlow's collective operations": native_broken,
     "torch.distributed failed": gloo_broken,
+    "JAX's collective operations": jax_broken,
+    "sharding='fsdp' needs all workers": other_layers,
     "other metrics were counted": other_metrics,
     "Keras is not installed": no_keras,
     "… is not a whole zip file": cut_off,
