@@ -2,8 +2,8 @@
 
 The driver names a run's folder (:func:`run_folder`); rank 0 writes there (:class:`Events`): two folders, ``train`` and
 ``validation``, with the tags that ``keras.callbacks.TensorBoard`` uses, whatever the framework. Each attempt writes
-files of its own. One that goes on from a checkpoint says at which epoch, and TensorBoard then drops what an earlier
-attempt told from there on.
+files of its own. One after the first says with which epoch it begins or goes on, and TensorBoard then drops what earlier
+attempts told from there on.
 
 A thread of its own writes, so that training never waits for a disk or a store.
 """
@@ -100,7 +100,7 @@ class Events:
             )
         self._file = f"events.out.tfevents.{attempt_name(gang.attempt)}"
         self._scratch = gang.scratch / "events"
-        self._first = first
+        self._again = first if gang.attempt else None
         self._draw = draw
         self._opened: dict[str, _Writer] = {}
         self._waiting: deque[Callable[[], None]] = deque()
@@ -201,7 +201,7 @@ class Events:
         if folder not in self._opened:
             home = Path(self._folder.root) if _is_local(self._folder) else self._scratch
             (home / folder).mkdir(parents=True, exist_ok=True)
-            self._opened[folder] = _Writer(home / folder / self._file, self._first)
+            self._opened[folder] = _Writer(home / folder / self._file, self._again)
         return self._opened[folder]
 
     def _publish(self) -> None:
@@ -218,18 +218,18 @@ class _Writer:
     ----------
     path : Path
         Where it is.
-    first : int
-        The epoch that it begins with.
+    again : int or None
+        The epoch that another attempt begins or goes on with; None for the first one.
     """
 
-    def __init__(self, path: Path, first: int) -> None:
+    def __init__(self, path: Path, again: int | None) -> None:
         from tensorboard.compat.proto.event_pb2 import SessionLog
 
         self.path = path
         path.write_bytes(b"")
         self._write(file_version="brain.Event:2")
-        if first:
-            self._write(step=first, session_log=SessionLog(status=SessionLog.START))
+        if again is not None:
+            self._write(step=again, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: Mapping[str, float], when: float) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary

@@ -53,6 +53,17 @@ def test_each_fit_and_each_map_has_a_folder_of_its_own(spark, store, tmp_path):
         stage.setLogDir(f"{file}/logs").fit(df)
 
 
+def test_a_training_that_begins_from_the_start_again_is_told_once(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for attempt in (0, 1):
+        events = Events(f"file://{folder}", gang(tmp_path, attempt), 0)
+        for epoch in range(3 - attempt):
+            events.epoch(epoch, {"loss": 10 * attempt + epoch}, None, 100.0)
+        events.close()
+    assert scalars(folder / "train")["epoch_loss"] == [(0, 10.0), (1, 11.0)]
+
+
 def test_an_epoch_that_is_told_again_counts_once(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
