@@ -188,7 +188,7 @@ class Board:
             fit = self._fits[url]
             if value is None or fit.folder is not folder:  # another has read the last of it meanwhile
                 return
-            for line in fit.take(State(**value)):
+            for line in fit.take(State.fromDict(value)):
                 if not self._screen.live or not fit.counted:
                     self._screen.write(fit.label + line)
 

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 
 from spark_nn.errors import StoreError
+from spark_nn.gang.plain import plain
 from spark_nn.store import RunDir
 
 FOLDER = "logs"
@@ -129,4 +130,4 @@ class Follower:
 def _shown(line: str) -> str:
     """A line as a terminal would show it in the end: bars that are drawn again and again leave their last state."""
     last = next((part for part in reversed(line.split("\r")) if part.strip()), "")
-    return "".join(letter for letter in last if letter.isprintable() or letter in "\t\x1b")
+    return plain(last, colours=True)

@@ -16,6 +16,7 @@ import pytest
 
 from spark_nn.gang.board import Board, number
 from spark_nn.gang.logs import Follower, pumped
+from spark_nn.gang.plain import plain
 from spark_nn.gang.progress import PROGRESS, Reporter, State
 from spark_nn.store import RunDir
 
@@ -266,6 +267,46 @@ def test_a_screen_that_is_gone_and_news_that_make_no_sense_end_no_fit(run, termi
         board.done(run.url)
 
 
+# Colours; what writes to the clipboard, titles, clears; letters that turn the direction of reading.
+FOUL = "\x1b[1;31mred\x1b[0m \x1b]52;c;eHg=\x07\x1b]0;title\x1b\\\x1b[2J\x1b[3A\x1bc\u202e\x9b2J<b>"
+
+
+def test_nothing_of_what_ranks_tell_moves_the_cursor(run, capsys, terminal):
+    assert plain(FOUL) == "red 2J<b>"
+    assert plain(FOUL, colours=True) == "\x1b[1;31mred\x1b[0m 2J<b>\x1b[0m"
+    told = {"epoch": 1, "seconds": [1.0], "history": {FOUL: [1.0]}, "phase": FOUL}
+    run.mkdir("logs")
+
+    def follow(verbose):
+        run.write("logs/00000-000000000", FOUL.encode())
+        run.writeJson(PROGRESS, state(**told))
+        with Board({run.url: ""}, verbose=verbose, followLogs=True) as board:
+            with board.attempt({run.url: run}, {run.url: f"attempt 2 of 2, after: {FOUL}"}):
+                time.sleep(0.2)
+            board.done(run.url, failed=True)
+
+    follow(2)
+    assert capsys.readouterr().err.splitlines() == [
+        "epoch 1/2  red 2J<b> 1.0000  1,000 rows/s",
+        "[rank 0] red 2J<b>",
+    ]
+    screen = terminal(100)
+    follow(1)
+    screen.drawn()
+    assert "(epoch 1/2, red 2J<b>)" in screen.raw
+    assert re.findall(r"[\x1b\x9b][^\[]|\x1b\[[0-9;]*[^0-9;Am]", screen.raw) == []
+    assert "[rank 0] \x1b[1;31mred\x1b[0m 2J<b>\x1b[0m" in screen.raw
+
+
+@pytest.mark.parametrize(
+    "changes", [{"step": "<b>"}, {"epochs": "<b>"}, {"seconds": ["<b>"]}, {"loss": "<b>"}, {"steps": [1]}]
+)
+def test_numbers_that_are_none_are_refused(changes):
+    with pytest.raises((TypeError, ValueError)):
+        State.fromDict(state(**changes))
+    assert State.fromDict(state(step="7")).step == 7
+
+
 def test_a_notebook_shows_html_that_is_drawn_again(run, monkeypatch, capsys):
     pages = []
 
@@ -310,7 +351,7 @@ def test_what_a_rank_prints_is_followed_line_by_line(run, tmp_path):
 
         with pumped(run, 3, read.fileno()):
             log.write("first\nå\x07 \x1b[1msecond\n1/10\r5/10\r10/10\r\nunfin".encode())
-            assert lines(3) == [(3, "first"), (3, "å \x1b[1msecond"), (3, "10/10")]
+            assert lines(3) == [(3, "first"), (3, "å \x1b[1msecond\x1b[0m"), (3, "10/10")]
             log.write(b"ished\n" + b"".join(b"%d\n" % number for number in range(5000)))
             found = lines(1000)
             assert found[0] == (3, "[lines were left out here: more were printed than are followed]")
