@@ -201,8 +201,8 @@ class RunDir:
         """
         self._publish(name, lambda draft: self.fs.pipe_file(draft, data))
 
-    def read(self, name: str) -> bytes | None:
-        """The bytes of a file, None where there is none."""
+    def read(self, name: str, *, patient: bool = True) -> bytes | None:
+        """The bytes of a file, None where there is none; asked for only once where nobody is to wait."""
 
         def read() -> bytes | None:
             try:
@@ -211,7 +211,7 @@ class RunDir:
                 return None
             return data
 
-        return self._patiently("read", name, read)
+        return self._patiently("read", name, read, patient)
 
     def writeJson(self, name: str, value: Any) -> None:
         """Write a value as JSON, whole or not at all."""
@@ -230,7 +230,7 @@ class RunDir:
         """Copy a file of the directory to a local path."""
         self._patiently("read", name, lambda: self.fs.get_file(self.path(name), str(local)))
 
-    def names(self, folder: str) -> list[str]:
+    def names(self, folder: str, *, patient: bool = True) -> list[str]:
         """Names of the files in a directory below this one, sorted; none where there is no such directory."""
 
         def names() -> list[str]:
@@ -241,7 +241,7 @@ class RunDir:
                 return []
             return sorted(str(path).rpartition("/")[2] for path in paths)
 
-        return self._patiently("list", folder, names)
+        return self._patiently("list", folder, names, patient)
 
     def delete(self, name: str) -> None:
         """Delete a file, if it is there."""
@@ -261,9 +261,9 @@ class RunDir:
 
         self._patiently("write", name, publish)
 
-    def _patiently(self, verb: str, name: str, act: Callable[[], T]) -> T:
+    def _patiently(self, verb: str, name: str, act: Callable[[], T], patient: bool = True) -> T:
         """Do something with the store, again where it failed in a way that may pass."""
-        for pause in (*_PAUSES, None):
+        for pause in (*_PAUSES, None) if patient else (None,):
             try:
                 return act()
             except Exception as error:

@@ -2,8 +2,8 @@
 
 The driver names a run's folder (:func:`run_folder`); rank 0 writes there (:class:`Events`): two folders, ``train`` and
 ``validation``, with the tags that ``keras.callbacks.TensorBoard`` uses, whatever the framework. Each attempt writes
-files of its own. One after the first says with which epoch it begins or goes on, and TensorBoard then drops what earlier
-attempts told from there on.
+files of its own. Those after the first say with which epoch they begin or go on, and TensorBoard then drops what
+earlier ones told from there on.
 
 A thread of its own writes, so that training never waits for a disk or a store.
 """

@@ -14,6 +14,7 @@ import types
 
 import pytest
 
+from spark_nn.errors import StoreError
 from spark_nn.gang.board import Board, number
 from spark_nn.gang.logs import Follower, pumped
 from spark_nn.gang.plain import plain
@@ -359,6 +360,21 @@ def test_what_a_rank_prints_is_followed_line_by_line(run, tmp_path):
             log.write(b"the end")
         assert follower.lines() == [(3, "the end")]
     assert run.names("logs") == []
+
+
+def test_lines_that_were_read_outlive_a_store_that_refuses_the_rest(run, monkeypatch):
+    run.mkdir("logs")
+    for rank in range(3):
+        run.write(f"logs/{rank:05d}-000000000", b"line")
+    follower, read, delete = Follower(run), run.fs.cat_file, run.fs.rm_file
+    monkeypatch.setattr(run.fs, "rm_file", lambda path: 1 / 0)
+    monkeypatch.setattr(run.fs, "cat_file", lambda path: 1 / 0 if "/00001-" in path else read(path))
+    assert follower.lines() == [(0, "line")]
+    with pytest.raises(StoreError, match="division by zero"):
+        follower.lines()
+    monkeypatch.setattr(run.fs, "rm_file", delete)
+    monkeypatch.setattr(run.fs, "cat_file", read)
+    assert follower.lines() == [(1, "line"), (2, "line")]
 
 
 def test_counts_are_told_as_counts_and_small_numbers_with_their_power():
