@@ -27,7 +27,7 @@ from spark_nn.outputs import Output
 from spark_nn.params import TrainingParams
 from spark_nn.persistence import ModelFile
 from spark_nn.stage import Stage
-from spark_nn.store import RunDir, store_url
+from spark_nn.store import RunDir, public_url, store_url
 from spark_nn.summary import TrainingSummary
 from spark_nn.tracking.events import run_folder, run_name
 from spark_nn.tracking.mlflow import Run
@@ -242,7 +242,7 @@ class _Fit(Generic[M]):
             rowsPerSecond=trained.rowsPerSecond,
             epochSeconds=trained.epochSeconds,
             restarts=outcome.restarts,
-            logDir=self.schedule.logUrl,
+            logDir=self.schedule.logUrl and public_url(self.schedule.logUrl),
             seconds={
                 "check": self.checking,
                 "materialize": materializing,

@@ -45,6 +45,9 @@ _LASTING = {
     errno.ENOTDIR,
     errno.EISDIR,
 }
+_USER = re.compile(r"([A-Za-z][\w+.-]*://)[^/@]*@")
+_CONTAINER = re.compile(r"(abfs|wasb)s?://[^:]*@")
+_QUERY = re.compile(r"\?.*?(?=::|$)")
 _ALIVE = "alive"
 _OURS = re.compile(r"(run|data)-[0-9a-f]{32}")
 _LOG = logging.getLogger(__name__)
@@ -84,6 +87,16 @@ def as_url(url: str, param: str) -> str:
     if re.match(r"[A-Za-z][\w+.-]*:(?!//)", url):
         raise StoreError(f"{param}={url!r}: write it as scheme://..., such as file:///shared/dir or hdfs://host/dir")
     return url if "://" in url else _file_url(Path(url).expanduser().absolute())
+
+
+def public_url(url: str) -> str:
+    """A path or URL as others may see it: without user, password and query.
+
+    What stands before the ``@`` of Azure's URLs is a container.
+    """
+    if "://" not in url or url.startswith("file:"):
+        return url
+    return _QUERY.sub("", _USER.sub(lambda found: found[0] if _CONTAINER.fullmatch(found[0]) else found[1], url))
 
 
 def _file_url(path: Path) -> str:

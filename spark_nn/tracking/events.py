@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from spark_nn.errors import ParamError, StoreError
 from spark_nn.gang.context import GangContext, attempt_name
-from spark_nn.store import RunDir, as_url
+from spark_nn.store import RunDir, as_url, public_url
 
 # A network, as a serialised GraphDef, and what Keras says of its layers, as JSON.
 Drawing = tuple[bytes | None, str | None]
@@ -93,6 +93,7 @@ class Events:
                 "where tasks run, with pip install 'spark-nn[tensorboard]', or clear logDir"
             ) from error
         self._folder = RunDir(url)
+        self._shown = public_url(url)
         if _is_local(self._folder) and not Path(self._folder.root).is_dir():
             raise ParamError(
                 f"logDir: {gang.host}, where the first worker runs, does not see {self._folder.root}, which the driver "
@@ -120,7 +121,7 @@ class Events:
         if self._thread.is_alive():
             _LOG.warning(
                 "logDir: the last epochs are not yet written to %s after %g s, and may be missing there",
-                *(self._folder.url, _PATIENCE),
+                *(self._shown, _PATIENCE),
             )
 
     def network(self) -> None:
@@ -169,7 +170,7 @@ class Events:
             self._changed.set()
         elif not self._slow:
             self._slow = True
-            _LOG.warning("logDir: %s is too slow: %d epochs wait, and others are left out", self._folder.url, _MOST)
+            _LOG.warning("logDir: %s is too slow: %d epochs wait, and others are left out", self._shown, _MOST)
 
     def _work(self) -> None:
         while True:
@@ -185,9 +186,7 @@ class Events:
                     self._publish()
                     self._copied = True
             except Exception as error:  # noqa: BLE001  (every store has errors of its own)
-                _LOG.warning(
-                    "logDir: epoch %d could not be written to %s (%s)", self._last + 1, self._folder.url, error
-                )
+                _LOG.warning("logDir: epoch %d could not be written to %s (%s)", self._last + 1, self._shown, error)
             if closing:
                 return
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from spark_nn.columns import quoted
 from spark_nn.persistence import versions
+from spark_nn.store import public_url
 
 if TYPE_CHECKING:
     from pyspark.ml._typing import ParamMap
@@ -143,7 +144,7 @@ def _params(estimator: Any) -> dict[str, str]:
 def _text(value: Any) -> str | None:
     """A value as MLflow shows it, None where JSON cannot hold it."""
     try:
-        return value if isinstance(value, str) else json.dumps(value)
+        return public_url(value) if isinstance(value, str) else json.dumps(value)
     except (TypeError, ValueError):
         return None
 
@@ -165,7 +166,7 @@ def _told(run: Run) -> Iterator[None]:
         _LOG.warning(
             "tracking='mlflow': the fit could not be logged to the run %s of %s (%s: %s); the model is not affected",
             run.id,
-            run.uri,
+            public_url(run.uri),
             type(error).__name__,
             error,
             exc_info=True,

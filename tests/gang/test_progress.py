@@ -245,6 +245,48 @@ def test_fits_side_by_side_have_a_line_each(run, terminal):
         assert until(screen, "[3/3").startswith("[3/3 rate={0.3}] epoch 2/2 |███")
 
 
+def test_a_store_is_not_asked_for_long(run, monkeypatch, capsys):
+    monkeypatch.setattr("spark_nn.gang.board.INTERVAL", 60)
+    folders = {run.below(name).url: run.below(name) for name in "abcdefghijklmnopqrst"}
+    asked, read, answer = [], run.fs.cat_file, threading.Event()
+
+    def told(path):
+        asked.append(path.split("/")[-2])
+        return read(path)
+
+    def attempt(board, store):
+        monkeypatch.setattr(run.fs, "cat_file", told)
+        with board.attempt(folders, {}):
+            asked.clear()
+            board._look()
+            yield "".join(asked)
+            asked.clear()
+            board._look()
+            yield "".join(asked)
+            board._look()
+            monkeypatch.setattr(run.fs, "cat_file", lambda path: asked.append("-") or store())
+            asked.clear()
+            board.taken(run.below("c").url)
+            board.taken(run.below("d").url)
+        yield "".join(asked)
+
+    with Board(dict.fromkeys(folders, ""), verbose=2) as board:
+        steps = attempt(board, lambda: 1 / 0)
+        assert next(steps) == "abcdefgh"
+        run.mkdir("b")
+        run.below("b").writeJson(PROGRESS, state(epoch=1, **finished(1)))
+        assert next(steps) == "abcdefgh"
+        assert next(steps) == "-"
+        monkeypatch.setattr("spark_nn.gang.board._PATIENCE", 0.1)
+        run.below("b").writeJson(PROGRESS, state(epoch=1, **finished(2)))
+        steps = attempt(board, lambda: answer.wait(60))
+        assert next(steps) == "abcdefgh"
+        assert next(steps) == "bacdefghi"
+        assert next(steps) == "-"
+        answer.set()
+    assert [line.partition("  ")[0] for line in capsys.readouterr().err.splitlines()] == ["epoch 1/2", "epoch 2/2"]
+
+
 def test_another_attempt_says_after_what_and_a_failure_leaves_a_line(run, terminal):
     screen = terminal(100)
     with pytest.raises(ValueError, match="broken"), Board({run.url: ""}, verbose=1) as board:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
@@ -51,7 +53,7 @@ def told(client, run, name):
 
 def test_fits_in_a_run_are_logged_with_a_model_that_scores_alike(spark, store, client):
     df = data(spark)
-    stage = estimator(store)
+    stage = estimator(store, logDir="memory://me:secret@logs")
     with mlflow.start_run() as run:
         mlflow.log_param("epochs", 2)  # the user's own, to the same effect
         model = stage.fit(df)
@@ -62,6 +64,8 @@ def test_fits_in_a_run_are_logged_with_a_model_that_scores_alike(spark, store, c
     params = only.data.params
     assert (params["epochs"], params["inputCols"], params["handleInvalid"]) == ("2", '["a", "b"]', "error")
     assert (params["learningRate"], params["fit-2.epochs"]) == ("0.1", "3")
+    assert params["logDir"] == "memory://logs"
+    assert re.fullmatch(rf"memory://logs/[\d.-]+-{stage.uid}", model.summary.logDir)
     for prefix, fitted in (("", model), ("fit-2.", again)):
         for name, values in fitted.summary.history.items():
             assert told(client, run.info.run_id, f"{prefix}{name}") == list(enumerate(values))
