@@ -131,16 +131,23 @@ class RunDir:
     ----------
     url : str
         An fsspec URL.
+    param : str
+        The param that it comes from, for the error of one that fsspec cannot open.
+
+    Raises
+    ------
+    StoreError
+        fsspec does not know the scheme, or lacks its package.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, param: str = "storeUrl") -> None:
         self.url = url.rstrip("/")
         self._removed = threading.Event()
         try:
             self.fs, self.root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
             raise StoreError(
-                f"storeUrl={url!r}: {error}. Install the filesystem's package, or use another URL"
+                f"{param}={url!r}: {error}. Install the filesystem's package, or use another URL"
             ) from error
 
     def __reduce__(self) -> tuple[type[RunDir], tuple[str]]:

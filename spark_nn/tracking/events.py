@@ -49,13 +49,16 @@ def run_folder(log_dir: str, name: str) -> str:
     Raises
     ------
     ParamError
-        It cannot be written.
+        It is no URL that can be opened here, or cannot be written.
     """
     try:
-        folder = RunDir(f"{as_url(log_dir, 'logDir').rstrip('/')}/{name}")
+        folder = RunDir(f"{as_url(log_dir, 'logDir').rstrip('/')}/{name}", "logDir")
+    except StoreError as error:
+        raise ParamError(str(error)) from error
+    try:
         if _is_local(folder):
             folder.fs.makedirs(folder.root, exist_ok=True)
-    except (OSError, StoreError) as error:
+    except OSError as error:
         raise ParamError(
             f"logDir={log_dir!r} cannot be written: {error}. Give a directory, or an fsspec URL, that the driver and "
             "the executors can write"
@@ -82,6 +85,8 @@ class Events:
     ------
     ParamError
         The package tensorboard is missing here, or the folder.
+    StoreError
+        fsspec lacks the package of the folder's filesystem here.
     """
 
     def __init__(self, url: str, gang: GangContext, first: int, draw: Callable[[], Drawing] | None = None) -> None:
@@ -92,7 +97,7 @@ class Events:
                 f"logDir is set, and the package tensorboard cannot be imported on {gang.host} ({error}): install it "
                 "where tasks run, with pip install 'spark-nn[tensorboard]', or clear logDir"
             ) from error
-        self._folder = RunDir(url)
+        self._folder = RunDir(url, "logDir")
         self._shown = public_url(url)
         if _is_local(self._folder) and not Path(self._folder.root).is_dir():
             raise ParamError(

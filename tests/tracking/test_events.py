@@ -11,9 +11,9 @@ import fsspec
 import pytest
 from pyspark.sql import functions as F
 
-from spark_nn.errors import ParamError
+from spark_nn.errors import ParamError, StoreError
 from spark_nn.store import RunDir
-from spark_nn.tracking.events import Events
+from spark_nn.tracking.events import Events, run_folder
 from tests.toy import ToyEstimator, ToyModel
 from tests.tracking.reading import check_told, found, scalars
 
@@ -121,6 +121,13 @@ def test_a_store_that_hangs_holds_up_no_epoch_and_the_end_not_for_long(tmp_path,
     events.close()
     assert [step for step, _ in scalars(tmp_path / "scratch-0" / "events" / "train")["epoch_loss"]] == [0, 1, 2]
     fsspec.filesystem("memory").rm("/slow", recursive=True)
+
+
+def test_a_url_that_cannot_be_opened_is_told_by_the_name_of_its_param(tmp_path):
+    with pytest.raises(ParamError, match="^logDir='no-such://x/run': .*Install the filesystem's package"):
+        run_folder("no-such://x", "run")
+    with pytest.raises(StoreError, match="^logDir='no-such://x/run': "):
+        Events("no-such://x/run", gang(tmp_path), 0)
 
 
 def test_a_folder_that_only_the_driver_has_is_named(tmp_path):
