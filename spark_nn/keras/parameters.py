@@ -99,6 +99,8 @@ class ParameterTrainer(KerasTrainer):
         server = ParameterServer(model, gang, self.schedule.epochs, manifest.rows("train"), events)
         hall = Hall(gang, server.answer, server.limit)
         server.hall = hall
+        if events is not None:
+            events.network()  # now, and not while workers wait for the weights
         gang.progress.update(phase="serving")
         hall.serve(lambda: lost_ranks(attempt_folder(gang.run, gang.attempt)))
         server.finish()
