@@ -17,8 +17,9 @@ import numpy as np
 from spark_nn.errors import ParamError
 from spark_nn.gang.collective import Collective, Engine
 from spark_nn.keras.backends import replaced
-from spark_nn.keras.backends.host import TOGETHER, Averager, Watch, dataset, first, learning_rate
+from spark_nn.keras.backends.host import TOGETHER, Averager, Watch, dataset, first
 from spark_nn.keras.describe import by_name
+from spark_nn.keras.rate import learning_rate
 from spark_nn.share import Share
 
 __all__ = [
