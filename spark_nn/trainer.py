@@ -276,7 +276,8 @@ def publish(gang: GangContext, write: Any, suffix: str) -> tuple[str, str]:
     tuple of str
         The file's name in the run directory and its SHA-256.
     """
-    with TemporaryDirectory(prefix="spark_nn-") as folder:
+    # The others wait meanwhile, and must not take a large model's way to the store for silence.
+    with gang.collective.waited_for(), TemporaryDirectory(prefix="spark_nn-") as folder:
         path = Path(folder) / f"model{suffix}"
         write(path)
         sha256 = digest(path)

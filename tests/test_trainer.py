@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import time
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from spark_nn.trainer import row_weights
+from spark_nn.store import RunDir
+from spark_nn.trainer import publish, row_weights
+from tests.gang.test_ring import Gang
 
 
 @pytest.mark.parametrize(
@@ -28,3 +33,21 @@ def test_each_row_counts_as_its_class_says(labels, expected):
 def test_without_class_weights_rows_count_as_their_column_says():
     assert row_weights({"label": np.array([1])}, {}) is None
     assert row_weights({"label": np.array([1]), "weight": np.array([3.0])}, {}).tolist() == [3.0]
+
+
+@pytest.mark.timeout(60)
+def test_a_model_may_take_longer_to_publish_than_a_rank_may_keep_silent(tmp_path):
+    def write(path):
+        time.sleep(2.5)
+        path.write_bytes(b"weights")
+
+    def work(ring):
+        gang = SimpleNamespace(collective=ring, run=RunDir(tmp_path.as_uri()), attempt=0)
+        found = publish(gang, write, ".bin") if ring.rank == 0 else None
+        ring.barrier()
+        return found
+
+    with Gang(2, timeout=1) as gang:
+        (name, _), other = gang.run(work)
+    assert other is None
+    assert (tmp_path / name).read_bytes() == b"weights"

@@ -95,7 +95,9 @@ def _obey(sock: socket.socket, order: dict[str, Any], function: bytes, listener:
         value = _function(function)(context)
         progress.close()
         if rank == 0:
-            attempt.writeJson(RESULT, {"value": value, "taken": order["taken"], "began": began, "ended": time.time()})
+            result = {"value": value, "taken": order["taken"], "began": began, "ended": time.time()}
+            with collective.waited_for():
+                attempt.writeJson(RESULT, result)
         # Nobody leaves before rank 0's result is in the store: a rank that leaves early may still fail.
         collective.barrier()
         collective.close()

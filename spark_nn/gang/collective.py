@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -110,6 +111,11 @@ class Collective(ABC):
     @abstractmethod
     def barrier(self) -> None:
         """Return once every rank has called it."""
+
+    @contextlib.contextmanager
+    def waited_for(self) -> Iterator[None]:
+        """Do in the block what takes long, while the others wait in their next operation and have none to do."""
+        yield
 
     @abstractmethod
     def abort(self, reason: str) -> None:

@@ -15,8 +15,8 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import accumulate, chain, pairwise
 from typing import Any, NoReturn
 
@@ -189,6 +189,18 @@ class Ring(Collective):
         with self._operation(Operation.BARRIER, 0):
             self._hand_round([memoryview(b"")] * self.world)
 
+    @contextmanager
+    def waited_for(self) -> Iterator[None]:
+        """See `Collective.waited_for`: the neighbours get signs of life meanwhile."""
+        over = threading.Event()
+        signs = threading.Thread(target=self._give_signs, args=(over,), name="spark_nn-signs", daemon=True)
+        signs.start()
+        try:
+            yield
+        finally:
+            over.set()
+            signs.join()
+
     def abort(self, reason: str) -> None:
         """See `Collective.abort`."""
         self._aborted = f"rank {self.rank} failed: {reason}"
@@ -239,6 +251,12 @@ class Ring(Collective):
             self.error = CollectiveError(f"rank {self.rank} failed: {error!r}")
         kind = Kind.OUT_OF_STEP if isinstance(error, OutOfStep) else Kind.LOST
         self._say(text_frame(kind, str(self.error)))
+
+    def _give_signs(self, over: threading.Event) -> None:
+        while not over.wait(self._timeout / 4):
+            with self._lock:
+                if not self.error:
+                    self._say(header(Kind.WAITING, self._position.pack(), 0))
 
     def _say(self, frame: bytes, patience: float = 0) -> None:
         self._back_outlet.say(frame, patience)

@@ -19,7 +19,7 @@ from spark_nn.checkpoint import Checkpoints, Place
 from spark_nn.columns import Tensor, arrange
 from spark_nn.dataset.manifest import Manifest, Split
 from spark_nn.dataset.stream import Stream
-from spark_nn.errors import ParamError
+from spark_nn.errors import CollectiveError, ParamError
 from spark_nn.gang.collective import Alone
 from spark_nn.gang.context import GangContext
 from spark_nn.keras import archive, backends, codec
@@ -32,6 +32,9 @@ from spark_nn.outputs import Output
 from spark_nn.report import Report
 from spark_nn.store import RunDir
 from spark_nn.trainer import Schedule, Trained, misfit, publish
+
+# How JAX reports that processes cannot exchange.
+_BROKEN = ("gloo", "nccl", "connection", "timed out", "deadline", "unavailable", "coordination")
 
 
 class ShardedTrainer(KerasTrainer):
@@ -157,7 +160,7 @@ def _joined(gang: GangContext) -> Iterator[None]:
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
         jax.config.update("jax_platforms", "cpu")
     host, cards, port = introduced(gang)
-    with contextlib.closing(port):
+    with contextlib.closing(port), _judged(gang):
         # The gang's addresses are no business of a proxy's.
         hosts = {card["address"].rpartition(":")[0].strip("[]") for card in cards}
         os.environ.update(no_grpc_proxy=",".join(hosts))
@@ -166,6 +169,21 @@ def _joined(gang: GangContext) -> Iterator[None]:
         # Who leaves without a word takes the others' processes along.
         gang.collective.barrier()
         jax.distributed.shutdown()
+
+
+@contextlib.contextmanager
+def _judged(gang: GangContext) -> Iterator[None]:
+    """Let the gang's collective say which rank is lost, where JAX's operations fail."""
+    from jax.errors import JaxRuntimeError
+
+    try:
+        yield
+    except JaxRuntimeError as error:
+        # All that JAX runs raises these errors, the model's own functions as well.
+        if not any(word in str(error).lower() for word in _BROKEN):
+            raise
+        gang.collective.barrier()  # raises what has become of the others; those that are well come here, too
+        raise CollectiveError(f"JAX's collective operations failed on rank {gang.rank}: {error}") from error
 
 
 def _distribution(sharding: Sharding) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,8 @@ class Sharding:
         Raises
         ------
         ParamError
-            It is not of the right form, or names an axis that the mesh does not have.
+            It is not of the right form, has a pattern that is no regular expression, or names an axis that the mesh
+            does not have.
         """
         mesh, layout = value.get("mesh"), value.get("layout")
         if set(value) != {"mesh", "layout"} or not isinstance(mesh, Mapping) or not isinstance(layout, Mapping):
@@ -48,6 +50,13 @@ class Sharding:
         if not layout:
             raise ParamError(f"modelParallel has no layout, and every rank would hold all of the model: {_EXAMPLE}")
         for pattern, axes in layout.items():
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ParamError(
+                    f"modelParallel lays out {pattern!r}, which is no regular expression: {error}. Write one that "
+                    "matches paths of variables as a whole, such as '.*kernel'"
+                ) from error
             if not isinstance(axes, Sequence) or isinstance(axes, str):
                 raise ParamError(
                     f"modelParallel lays out {pattern!r} as {axes!r}: must be a list, such as [None, 'model']"

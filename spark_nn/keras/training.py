@@ -266,7 +266,8 @@ def take_weights(model: Any, before: Any) -> None:
     ParamError
         It has others.
     """
-    ours, theirs = ([(tuple(weight.shape), weight.path) for weight in each.weights] for each in (model, before))
+    taking, giving = ([*each.weights, *backends.current().buffers(each)] for each in (model, before))
+    ours, theirs = ([(tuple(weight.shape), weight.path) for weight in each] for each in (taking, giving))
     if len(ours) != len(theirs):
         raise ParamError(
             f"initialModel has {len(theirs)} weights, and the network of the param model {len(ours)}: both must have "
@@ -278,8 +279,8 @@ def take_weights(model: Any, before: Any) -> None:
                 f"the weight {path} of the network of the param model has shape {shape}, and initialModel's {given}: "
                 "both must have the same layers; or leave model out"
             )
-    for variable, value in zip(model.weights, before.weights, strict=True):
-        variable.assign(value)
+    for variable, taken in zip(taking, giving, strict=True):
+        variable.assign(taken.value)
 
 
 def take_optimizer(model: Any, before: Any) -> None:

@@ -12,21 +12,27 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
+import hashlib
 import json
 import platform
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from spark_nn.errors import ParamError
+from spark_nn.gang.collective import Collective
 from spark_nn.gang.context import GangContext
 from spark_nn.torch import codec, rendezvous, sync
 from spark_nn.torch.averaging import NativeAverager
@@ -41,23 +47,62 @@ _MMAP_THRESHOLD = -3  # of malloc.h
 _PLAIN = (torch.Tensor, bool, int, float, str, type(None))
 
 
+class _Uses(TorchFunctionMode):  # type: ignore[misc]
+    """Finds the layers of which a parameter is used, within the mode, while they are not called.
+
+    Parameters
+    ----------
+    holders : dict of int to set of str
+        For each parameter, by its identity, the layers that it is a part of.
+    """
+
+    def __init__(self, holders: Mapping[int, set[str]]) -> None:
+        super().__init__()
+        self.holders = holders
+        self.called: list[str] = []  # the layers under way, the innermost last
+        self.outside: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See ``torch.overrides.TorchFunctionMode``."""
+        put_out = func(*args, **(kwargs or {}))
+        # To ask for a type, a shape or a device is no use: what is divided answers that as well.
+        if any(isinstance(leaf, (torch.Tensor, type(None))) for leaf in tree_leaves(put_out)):
+            for leaf in tree_leaves((args, kwargs)):
+                self.outside |= self.holders.get(id(leaf), set()).difference(self.called)
+        return put_out
+
+
 def called_once(module: Any, specs: Specs) -> set[str]:
-    """The layers that a network calls exactly once for a row, and that return tensors, in lists and dicts at most."""
+    """The layers that a network calls exactly once for a row, and whose parameters it uses only within that call.
+
+    Only those that return tensors, in lists and dicts at most.
+    """
     names = {each: name for name, each in module.named_modules()}
+    holders: dict[int, set[str]] = {}
+    for name, each in module.named_modules():
+        for parameter in each.parameters():
+            holders.setdefault(id(parameter), set()).add(name)
+    uses = _Uses(holders)
     counted: Counter[str] = Counter()
 
-    def note(each: Any, _: Any, put_out: Any) -> None:
+    def enter(each: Any, _: Any) -> None:
+        uses.called.append(names[each])
+
+    def leave(each: Any, _: Any, put_out: Any) -> None:
+        uses.called.pop()
         counted[names[each]] += 1 if all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(put_out)) else 2
 
-    hooks = [each.register_forward_hook(note) for each in names]
+    hooks = [each.register_forward_pre_hook(enter, prepend=True) for each in names]
+    hooks += [each.register_forward_hook(leave) for each in names]
     training = module.training
     try:
-        codec.forward(module.eval(), codec.example(specs))
+        with uses:
+            codec.forward(module.eval(), codec.example(specs))
     finally:
         module.train(training)
         for hook in hooks:
             hook.remove()
-    return {name for name, times in counted.items() if times == 1}
+    return {name for name, times in counted.items() if times == 1} - uses.outside
 
 
 def groups_of(module: Any, called: set[str], least: int = LEAST) -> list[str]:
@@ -151,10 +196,33 @@ class Sharded(NativeAverager):
             _check_gone(refs)
         buffers = {id(each): torch.empty_like(each, device=device) for each in module.buffers() if each.is_meta}
         _exchange(module, buffers)
+        self._keep_in_step(module, groups)
 
     def whole(self, tensor: Any) -> Any:
         """See :meth:`Averager.whole`."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def _keep_in_step(self, module: Any, groups: list[str]) -> None:
+        """Have each forward pass end with a look at whether all ranks have gone through the same groups.
+
+        An exchange has no name: where ranks skip different layers of one size, each would compute with parts of
+        several, and no one would notice.
+        """
+        passed: list[str] = []
+
+        def note(name: str, *_: Any) -> None:
+            passed.append(name)
+
+        def begin(*_: Any) -> None:
+            passed.clear()
+
+        def compare(*_: Any) -> None:
+            _check_passed(self.collective, passed)
+
+        for name in groups:
+            module.get_submodule(name).register_forward_pre_hook(functools.partial(note, name), prepend=True)
+        module.register_forward_pre_hook(begin, prepend=True)
+        module.register_forward_hook(compare)
 
 
 @contextlib.contextmanager
@@ -215,6 +283,24 @@ def _return_memory() -> None:
 
 def _undivided(module: Any) -> dict[str, Any]:
     return {name: each for name, each in module.named_parameters() if not isinstance(each, DTensor)}
+
+
+def _check_passed(collective: Collective, passed: list[str]) -> None:
+    """Refuse ranks that have gone through different groups, by their names, or in another order."""
+    digest = hashlib.sha256(json.dumps(passed).encode()).digest()
+    number = int.from_bytes(digest[:8], "little", signed=True) // 2  # so that its negative is a number, too
+    bounds = np.array([number, -number], np.int64)
+    collective.all_reduce(bounds, "max")
+    if bounds[0] == -bounds[1]:
+        return
+    found = [json.loads(each) for each in collective.all_gather(json.dumps(passed).encode())]
+    other = next(rank for rank, each in enumerate(found) if each != found[0])
+    names, others = next(pair for pair in zip_longest(found[0], found[other]) if pair[0] != pair[1])
+    raise ParamError(
+        f"sharding='fsdp' needs all workers to go through the same layers, and rank 0 came to {names or 'its end'} "
+        f"where rank {other} came to {others or 'its end'}: skip no layers at random (LayerDrop, stochastic depth) or "
+        "by the rows, or set sharding='none'"
+    )
 
 
 def _check_gone(refs: Mapping[str, weakref.ref[Any]]) -> None:

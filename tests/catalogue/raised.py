@@ -352,6 +352,7 @@ DRIVER = {
     "modelParallel=…": lambda: Sharding.of({"mesh": {"model": 2}}),
     "modelParallel has the mesh": lambda: cut({"model": 0}),
     "modelParallel has no layout": lambda: Sharding.of({**CUT, "layout": {}}),
+    "modelParallel lays out …, which is no": lambda: cut(layout={"*kernel": [None, "model"]}),
     "modelParallel lays out … as …: must be a list": lambda: cut(layout={".*kernel": "model"}),
     "modelParallel lays out … along": lambda: cut(layout={".*kernel": [None, "modle"]}),
     "modelParallel has a mesh": lambda: cut().check(3, 32),

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import h5py
+import jax
 import numpy as np
 import tensorflow as tf
 from pyspark.sql import types as T
@@ -19,9 +20,11 @@ from spark_nn.dataset.materialize import check_count
 from spark_nn.gang.ring import Ring
 from spark_nn.gang.wire import Position
 from spark_nn.keras import archive, native, parameters, sharded
+from spark_nn.keras.backends import host
 from spark_nn.keras.training import KerasTrainer
 from spark_nn.model import Fitted
 from spark_nn.outputs import Output
+from spark_nn.torch import sharding
 from spark_nn.torch.averaging import NativeAverager
 from spark_nn.torch.blueprint import Blueprint
 from spark_nn.torch.metrics import Tally
@@ -52,6 +55,10 @@ def without_a_loss():
     KerasTrainer._compile(SimpleNamespace(recipe=recipe), SimpleNamespace(compiled=False), 1)
 
 
+def wrapped():
+    host.check_range("column 'id'", np.array([0, 2**31]), np.dtype(np.int32))
+
+
 def out_of_step():
     place = Position(*[0] * len(Position._fields))
     return Ring._out_of_step(SimpleNamespace(rank=0, _position=place), "rank 1", place)
@@ -78,6 +85,19 @@ def gloo_broken():
     averager = SimpleNamespace(collective=SimpleNamespace(barrier=lambda: None, rank=0))
     with NativeAverager.guarded(averager):
         raise RuntimeError("[gloo] connection closed by peer")
+
+
+def jax_broken():
+    with sharded._judged(SimpleNamespace(collective=SimpleNamespace(barrier=lambda: None), rank=0)):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: connection closed by peer")
+
+
+def other_layers():
+    def reduce(bounds, op):
+        bounds[0] += 1
+
+    passed = [b'["", "a"]', b'["", "b"]']
+    sharding._check_passed(SimpleNamespace(all_reduce=reduce, all_gather=lambda mine: passed), ["", "a"])
 
 
 def other_metrics():
@@ -109,6 +129,7 @@ WORKERS = {
     "… names … columns, and the model was trained": lambda: fitted(inputCols=["a", "a", "a"])._arguments(),
     "the model was trained with the inputs": lambda: fitted(inputs={"x": "a"})._inputs(SCHEMA),
     "no loss: set": without_a_loss,
+    "… holds the whole number": wrapped,
     "the model cannot be sent": lambda: Blueprint(None, {"lock": threading.Lock()}).pickled,
     "… is at …, and rank": out_of_step,
     "all … workers were lost": all_lost,
@@ -116,6 +137,8 @@ WORKERS = {
     "TensorFlow is already at work": native_too_late,
     "TensorFlow's collective operations": native_broken,
     "torch.distributed failed": gloo_broken,
+    "JAX's collective operations": jax_broken,
+    "sharding='fsdp' needs all workers": other_layers,
     "other metrics were counted": other_metrics,
     "Keras is not installed": no_keras,
     "… is not a whole zip file": cut_off,

@@ -633,6 +633,21 @@ def test_a_rank_that_waits_is_not_taken_for_the_one_waited_for():
 
 
 @pytest.mark.usefixtures("spin")
+def test_a_rank_that_says_it_will_be_long_is_waited_for():
+    """Its neighbours hear of it; the others hear of them."""
+
+    def work(ring):
+        first = ring.all_gather(b"%d" % ring.rank)
+        if ring.rank == 0:
+            with ring.waited_for():
+                time.sleep(4)
+        return first == ring.all_gather(b"%d" % ring.rank)
+
+    with Gang(4, timeout=1.5) as gang:
+        assert gang.run(work) == [True] * 4
+
+
+@pytest.mark.usefixtures("spin")
 def test_time_in_which_the_machine_stood_still_is_nobodys_silence(monkeypatch):
     """Rank 0 comes after a second, in which the clock jumps by more than the limit for all ranks."""
     jumped = threading.Event()

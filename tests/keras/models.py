@@ -239,3 +239,27 @@ def telling(path):
                 time.sleep(0.05)
 
     return [Telling()]
+
+
+def two_layers(optimizer="sgd", seed=None):
+    """A network of two layers with names; with `seed="process"` no two processes draw the same weights."""
+    import os
+
+    import keras
+
+    if seed == "process":
+        keras.utils.set_random_seed(os.getpid())
+    layers = [keras.layers.Dense(8, "relu", name="first"), keras.layers.Dense(1, "sigmoid", name="second")]
+    model = keras.Sequential([keras.Input((3,)), *layers])
+    model.compile(optimizer=optimizer, loss="binary_crossentropy")
+    return model
+
+
+class Killed:
+    """A function that returns a callback, which kills its rank at a step."""
+
+    def __init__(self, mark, rank, step):
+        self.settings = mark, rank, step
+
+    def __call__(self):
+        return killed_once(*self.settings)()[-1:]

@@ -143,5 +143,7 @@ def test_a_sharding_knows_which_rows_a_rank_takes_and_what_cannot_be_cut():
         sharding.checkVariable("conv/kernel", (3, 3, 9), ".*kernel")
     with pytest.raises(ParamError, match="along 'modle', and the mesh has the axes 'model'"):
         Sharding.of({"mesh": {"model": 2}, "layout": {".*kernel": [None, "modle"]}})
+    with pytest.raises(ParamError, match="'\\*kernel', which is no regular expression: nothing to repeat"):
+        Sharding.of({"mesh": {"model": 2}, "layout": {"*kernel": [None, "model"]}})
     with pytest.raises(ParamError, match="batchSize=9 cannot be cut along the axis 'data'"):
         sharding.check(6, 9)

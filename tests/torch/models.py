@@ -228,6 +228,45 @@ def transformer(words=4201, width=256):
     return Transformer()
 
 
+def tied_by_attribute(words=4201, width=256):
+    """A table whose rows are looked up and, outside of its layer, compared with; and a layer that is asked its type."""
+    from torch import nn
+
+    class Compared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(words, width)
+            self.inner = nn.Linear(width, width)
+
+        def forward(self, x):
+            found = self.words((x.clamp(0, 1) * 4000).long()).mean(1).to(self.inner.weight.dtype)
+            return (self.inner(found) @ self.words.weight.T)[:, :1000].amax(1, keepdim=True)
+
+    return Compared()
+
+
+def skipping(units=1100):
+    """A network that skips one of its layers, another one in each process."""
+    from torch import nn
+
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, units), nn.Linear(units, 1)
+            self.inner = nn.ModuleList(nn.Linear(units, units) for _ in range(2))
+
+        def forward(self, x):
+            found = self.first(x)
+            with open("/proc/self/comm") as file:
+                rank = int(file.read().split()[-1]) if self.training else None
+            for number, layer in enumerate(self.inner):
+                if number != rank:
+                    found = layer(found).relu()
+            return self.last(found)
+
+    return Skipping()
+
+
 def deep(layers, units):
     """Layers of the same size."""
     from torch import nn

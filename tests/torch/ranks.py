@@ -1,9 +1,10 @@
-"""A gang without Spark: two processes that train networks of PyTorch's one after the other, on rows in a folder."""
+"""A gang without Spark: two processes that train networks one after the other, on rows in a folder."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import multiprocessing
 import os
 import secrets
@@ -64,8 +65,10 @@ def work(pipe, rank, world, data, jobs, timeout):
     from spark_nn.gang.context import GangContext
     from spark_nn.gang.progress import Reporter
     from spark_nn.gang.ring import Ring, listen
-    from spark_nn.torch import loop, sharding  # noqa: F401
 
+    for each in jobs[0][2].preload:
+        module, _, function = each.partition(":")
+        getattr(importlib.import_module(module), function)()
     ctypes.CDLL(None).prctl(1, 9)  # it dies with the test
     ctypes.CDLL(None).prctl(15, b"spark_nn rank %d" % rank)
     collective = Alone()
@@ -99,12 +102,13 @@ class Outcome:
         self.peaks = [memory for _, memory in answers]
         self.history = self.weights = None
         if not self.errors:
-            from safetensors.torch import load_file
-
             trained = answers[0][0]
             self.history = trained["history"]
             self.file = Path(folder) / trained["file"]
-            self.weights = {name: each.float().numpy() for name, each in load_file(self.file).items()}
+            if self.file.suffix == ".safetensors":
+                from safetensors.torch import load_file
+
+                self.weights = {name: each.float().numpy() for name, each in load_file(self.file).items()}
 
 
 def train(data, jobs, world=2, seconds=240.0, timeout=30.0):

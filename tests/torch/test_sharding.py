@@ -36,6 +36,7 @@ CASES = {
         "optimizerParams": {"momentum": 0.9},
         "clipGradValue": 0.01,
     },
+    "tied": {"model": models.tied_by_attribute},
     "halves": {"model": models.wide, "mixedPrecision": "bf16"},
     "instance": {"model": models.wide(), "weights": "model"},
 }
@@ -67,7 +68,9 @@ def trained(data, tmp_path_factory):
             if made.recipe.weights:
                 jobs[f"{name} {way}"][0].mkdir()
                 codec.save(CASES[name]["model"], jobs[f"{name} {way}"][0] / WEIGHTS)
-    for name, outcome in zip(jobs, ranks.train(data, list(jobs.values())), strict=False):
+    skipping = folder / "skipping", 0, ranks.divided(ranks.trainer(models.skipping))
+    *outcomes, found["skipping"] = ranks.train(data, [*jobs.values(), skipping])
+    for name, outcome in zip(jobs, outcomes, strict=False):
         assert not outcome.errors, "\n".join([name, *outcome.errors])
         found[name] = outcome
     assert not list(folder.glob("*/scratch-*/*"))
@@ -100,6 +103,16 @@ def test_a_rank_is_killed_and_the_next_attempt_comes_to_the_same_bits(trained):
         assert again.weights[name].tobytes() == values.tobytes(), name
 
 
+def test_ranks_that_go_through_different_layers_are_told_which(trained):
+    """The layers are of one size, so that nothing else would tell."""
+    for error in trained["skipping"].errors:
+        assert error.splitlines()[-1].startswith(
+            "spark_nn.errors.ParamError: sharding='fsdp' needs all workers to go through the same layers, and rank 0 "
+            "came to inner.1 where rank 1 came to inner.0"
+        )
+    assert len(trained["skipping"].errors) == 2
+
+
 def test_a_rank_holds_a_part_only(trained):
     """With Adam that is parameters, gradients and two moments: half of each, and a few layers whole."""
     whole, divided = trained["deep none"].peaks, trained["deep fsdp"].peaks
@@ -115,6 +128,8 @@ def test_layers_are_brought_together_by_size_where_they_are_called():
     # A bias that two layers use stays with what holds both.
     found = sharding.groups_of(module, called, 1)
     assert found[:2] == ["tracked", "norm"] and {"head", "again"}.isdisjoint(found)
+    # What is used without a call stays with what holds that use; to be asked for a type is no use.
+    assert sharding.called_once(models.tied_by_attribute(), SPECS) == {"inner", ""}
     twice = torch.nn.Linear(3, 3)
     assert sharding.called_once(torch.nn.Sequential(twice, twice), SPECS) == {""}
     assert all(each.is_meta for each in sharding.outline(Blueprint(models.transformer), SPECS).parameters())
