@@ -27,7 +27,7 @@ from spark_nn.keras.customs import require
 from spark_nn.keras.describe import describe_outputs
 from spark_nn.keras.feed import Feed
 from spark_nn.keras.sharding import DATA, Sharding
-from spark_nn.keras.training import INITIAL_MODEL, KerasTrainer, Recipe, _fetched, _take_weights
+from spark_nn.keras.training import INITIAL_MODEL, KerasTrainer, Recipe, fetched, take_weights
 from spark_nn.outputs import Output
 from spark_nn.report import Report
 from spark_nn.store import RunDir
@@ -79,7 +79,7 @@ class ShardedTrainer(KerasTrainer):
                 model, put_out = self._build(gang, None, manifest.role("features"))
                 distribution.check(model)
                 if self.recipe.continued:
-                    _take_weights(model, _fetched(gang, INITIAL_MODEL, self.recipe.customs))
+                    take_weights(model, fetched(gang, INITIAL_MODEL, self.recipe.customs))
                 self._compile(model, 1)  # one program: each loss is that of the global batch
                 outputs = describe_outputs(model, put_out, manifest.role("label"))
                 self.recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})

@@ -170,9 +170,3 @@ def dataset(feed: Feed, start: int = 0) -> Batches:
 def first(feed: Feed, start: int) -> Any:
     """The first batch after so many."""
     return next(feed.batches(start))
-
-
-def learning_rate(optimizer: Any) -> float:
-    """The learning rate; NaN for an optimizer made of several."""
-    rate = getattr(optimizer, "learning_rate", np.nan)
-    return float(rate if isinstance(rate, float) else keras.ops.convert_to_numpy(rate))

@@ -18,9 +18,10 @@ from spark_nn.columns import Tensor
 from spark_nn.errors import ParamError
 from spark_nn.gang.collective import Collective, Engine
 from spark_nn.keras.backends import replaced
-from spark_nn.keras.backends.host import TOGETHER, Averager, Watch, check_range, dataset, first, learning_rate
+from spark_nn.keras.backends.host import TOGETHER, Averager, Watch, check_range, dataset, first
 from spark_nn.keras.backends.plain import buffers, random_state, set_random_state
 from spark_nn.keras.describe import by_name
+from spark_nn.keras.rate import learning_rate
 from spark_nn.share import Share
 
 __all__ = [

@@ -11,8 +11,9 @@ import torch
 
 from spark_nn.gang.collective import Collective, Engine
 from spark_nn.keras.backends import host
-from spark_nn.keras.backends.host import TOGETHER, Watch, dataset, first, learning_rate
+from spark_nn.keras.backends.host import TOGETHER, Watch, dataset, first
 from spark_nn.keras.describe import by_name
+from spark_nn.keras.rate import learning_rate
 from spark_nn.share import Share
 
 __all__ = [
