@@ -27,7 +27,7 @@ from spark_nn.outputs import Output
 from spark_nn.params import TrainingParams
 from spark_nn.persistence import ModelFile
 from spark_nn.stage import Stage
-from spark_nn.store import RunDir, store_url
+from spark_nn.store import RunDir, public_url, store_url
 from spark_nn.summary import TrainingSummary
 from spark_nn.tracking.events import run_folder, run_name
 from spark_nn.tracking.mlflow import Run
@@ -67,7 +67,7 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         return {}
 
     def _fit(self, dataset: DataFrame) -> M:
-        run = self._run()
+        run = Run.active() if self.getTracking() == "mlflow" else None
         ((_, model),) = Fits(dataset, [self._checked(dataset, run_name(self.uid))])
         if run is not None:
             run.log_fit(self, dataset, model)
@@ -98,19 +98,19 @@ class NeuralEstimator(Estimator[M], TrainingParams, Stage, Generic[M]):
         ParamError, ColumnError, ClusterError
             A map holds what cannot be; nothing has been started.
         """
-        name, run = run_name(self.uid), self._run()
+        name = run_name(self.uid)
+        estimators = [self.copy(changed) for changed in paramMaps]
+        tracked = [estimator.getTracking() == "mlflow" for estimator in estimators]
+        run = Run.active() if any(tracked) else None
         fits = []
-        for place, (changed, label) in enumerate(zip(paramMaps, _labels(paramMaps), strict=True)):
-            estimator = self.copy(changed)
+        for place, (estimator, changed, label) in enumerate(
+            zip(estimators, paramMaps, _labels(paramMaps), strict=True)
+        ):
             fit = estimator._checked(dataset, f"{name}/map-{place}", label)
-            if run is not None:
+            if run is not None and tracked[place]:
                 fit = replace(fit, told=functools.partial(run.log_map, estimator, changed))
             fits.append(fit)
         return Fits(dataset, fits)
-
-    def _run(self) -> Run | None:
-        """The run that a fit is to be logged to, as this thread has it."""
-        return Run.active() if self.getTracking() == "mlflow" else None
 
     def _checked(self, dataset: DataFrame, name: str, label: str = "") -> _Fit[M]:
         """The fit of this estimator on a DataFrame, after all that can be wrong before anything is started.
@@ -242,7 +242,7 @@ class _Fit(Generic[M]):
             rowsPerSecond=trained.rowsPerSecond,
             epochSeconds=trained.epochSeconds,
             restarts=outcome.restarts,
-            logDir=self.schedule.logUrl,
+            logDir=self.schedule.logUrl and public_url(self.schedule.logUrl),
             seconds={
                 "check": self.checking,
                 "materialize": materializing,

@@ -13,6 +13,8 @@ from pyspark.ml.util import MLReadable, MLReader, MLWritable, MLWriter
 from spark_nn.errors import meant
 from spark_nn.persistence import ModelFile, StageReader, StageWriter
 
+LIBRARIES = ("spark_nn", "pyspark", "numpy")
+
 
 def keyword_only(method: Callable[..., Any]) -> Callable[..., Any]:
     """PySpark's ``keyword_only``, which says of a param that there is not which one may be meant."""
@@ -36,8 +38,11 @@ class Stage(MLReadable[Any], MLWritable):
 
     # Params whose values may be functions, or hold some.
     functionParams: ClassVar[frozenset[str]] = frozenset()
-    # Distributions whose versions are noted in what is saved.
-    libraries: ClassVar[tuple[str, ...]] = ("spark_nn", "pyspark", "numpy")
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Distributions whose versions are noted in what is saved."""
+        return LIBRARIES
 
     def write(self) -> MLWriter:
         """Writer that saves this stage.

@@ -45,6 +45,9 @@ _LASTING = {
     errno.ENOTDIR,
     errno.EISDIR,
 }
+_USER = re.compile(r"([A-Za-z][\w+.-]*://)[^/@]*@")
+_CONTAINER = re.compile(r"(abfs|wasb)s?://[^:]*@")
+_QUERY = re.compile(r"\?.*?(?=::|$)")
 _ALIVE = "alive"
 _OURS = re.compile(r"(run|data)-[0-9a-f]{32}")
 _LOG = logging.getLogger(__name__)
@@ -86,6 +89,16 @@ def as_url(url: str, param: str) -> str:
     return url if "://" in url else _file_url(Path(url).expanduser().absolute())
 
 
+def public_url(url: str) -> str:
+    """A path or URL as others may see it: without user, password and query.
+
+    What stands before the ``@`` of Azure's URLs is a container.
+    """
+    if "://" not in url or url.startswith("file:"):
+        return url
+    return _QUERY.sub("", _USER.sub(lambda found: found[0] if _CONTAINER.fullmatch(found[0]) else found[1], url))
+
+
 def _file_url(path: Path) -> str:
     # Not `as_uri`: fsspec takes what follows the scheme as it stands, blanks and all.
     return f"file://{path}"
@@ -118,16 +131,23 @@ class RunDir:
     ----------
     url : str
         An fsspec URL.
+    param : str
+        The param that it comes from, for the error of one that fsspec cannot open.
+
+    Raises
+    ------
+    StoreError
+        fsspec does not know the scheme, or lacks its package.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, param: str = "storeUrl") -> None:
         self.url = url.rstrip("/")
         self._removed = threading.Event()
         try:
             self.fs, self.root = fsspec.core.url_to_fs(self.url)
         except (ImportError, ValueError) as error:
             raise StoreError(
-                f"storeUrl={url!r}: {error}. Install the filesystem's package, or use another URL"
+                f"{param}={url!r}: {error}. Install the filesystem's package, or use another URL"
             ) from error
 
     def __reduce__(self) -> tuple[type[RunDir], tuple[str]]:
@@ -201,8 +221,8 @@ class RunDir:
         """
         self._publish(name, lambda draft: self.fs.pipe_file(draft, data))
 
-    def read(self, name: str) -> bytes | None:
-        """The bytes of a file, None where there is none."""
+    def read(self, name: str, *, patient: bool = True) -> bytes | None:
+        """The bytes of a file, None where there is none; asked for only once where nobody is to wait."""
 
         def read() -> bytes | None:
             try:
@@ -211,7 +231,7 @@ class RunDir:
                 return None
             return data
 
-        return self._patiently("read", name, read)
+        return self._patiently("read", name, read, patient)
 
     def writeJson(self, name: str, value: Any) -> None:
         """Write a value as JSON, whole or not at all."""
@@ -230,7 +250,7 @@ class RunDir:
         """Copy a file of the directory to a local path."""
         self._patiently("read", name, lambda: self.fs.get_file(self.path(name), str(local)))
 
-    def names(self, folder: str) -> list[str]:
+    def names(self, folder: str, *, patient: bool = True) -> list[str]:
         """Names of the files in a directory below this one, sorted; none where there is no such directory."""
 
         def names() -> list[str]:
@@ -241,7 +261,7 @@ class RunDir:
                 return []
             return sorted(str(path).rpartition("/")[2] for path in paths)
 
-        return self._patiently("list", folder, names)
+        return self._patiently("list", folder, names, patient)
 
     def delete(self, name: str) -> None:
         """Delete a file, if it is there."""
@@ -261,9 +281,9 @@ class RunDir:
 
         self._patiently("write", name, publish)
 
-    def _patiently(self, verb: str, name: str, act: Callable[[], T]) -> T:
+    def _patiently(self, verb: str, name: str, act: Callable[[], T], patient: bool = True) -> T:
         """Do something with the store, again where it failed in a way that may pass."""
-        for pause in (*_PAUSES, None):
+        for pause in (*_PAUSES, None) if patient else (None,):
             try:
                 return act()
             except Exception as error:

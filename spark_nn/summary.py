@@ -41,7 +41,7 @@ class TrainingSummary:
         beforehand), ``build`` (the model, or from a checkpoint), ``trace`` (until the first step is done), ``train``
         (the rest, validation too), ``publish`` (the model), ``finish`` (until the driver knows), and ``total``.
     logDir : str or None
-        The folder below the param `logDir` that TensorBoard finds the fit in.
+        The folder below the param `logDir` that TensorBoard finds the fit in; a URL without user, password and query.
     """
 
     history: dict[str, list[Any]]

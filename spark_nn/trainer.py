@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -112,6 +112,7 @@ class Trainer(ABC):
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
+        self._events: Events | None = None
 
     def __call__(self, gang: GangContext, data: RunDir) -> dict[str, Any]:
         """Train on the dataset in a directory; return :class:`Trained` as a dict."""
@@ -119,11 +120,13 @@ class Trainer(ABC):
         schedule = self.schedule
         identity = {"rows": asdict(manifest.content), "batch": schedule.batch, "seed": schedule.seed}
         checkpoints = Checkpoints(gang, schedule.checkpointInterval, identity)
-        with closing(self._stream(gang, data, manifest, "train")) as train:
-            if not manifest.validation:
-                return asdict(self.train(gang, manifest, train, None, checkpoints))
-            with closing(self._stream(gang, data, manifest, "validation")) as validation:
-                return asdict(self.train(gang, manifest, train, validation, checkpoints))
+        with ExitStack() as block:
+            block.callback(self._close_events)
+            train = block.enter_context(closing(self._stream(gang, data, manifest, "train")))
+            validation = None
+            if manifest.validation:
+                validation = block.enter_context(closing(self._stream(gang, data, manifest, "validation")))
+            return asdict(self.train(gang, manifest, train, validation, checkpoints))
 
     @abstractmethod
     def train(
@@ -154,7 +157,13 @@ class Trainer(ABC):
         """What tells TensorBoard of a training that begins or goes on with an epoch; on rank 0, if it is wanted."""
         if gang.rank or self.schedule.logUrl is None:
             return None
-        return Events(self.schedule.logUrl, gang, epoch, draw)
+        self._events = Events(self.schedule.logUrl, gang, epoch, draw)
+        return self._events
+
+    def _close_events(self) -> None:
+        events, self._events = self._events, None
+        if events is not None:
+            events.close()
 
     def _stream(self, gang: GangContext, data: RunDir, manifest: Manifest, split: Split) -> Stream:
         return Stream(

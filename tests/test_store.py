@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from spark_nn.errors import StoreError
-from spark_nn.store import RunDir, store_url
+from spark_nn.store import RunDir, public_url, store_url
 
 
 def session(**conf):
@@ -33,6 +33,22 @@ def test_the_param_comes_before_the_conf_and_the_conf_before_the_default(tmp_pat
 def test_a_url_without_slashes_is_not_taken_for_a_path(url):
     with pytest.raises(StoreError, match="write it as scheme://"):
         store_url(session(), url)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("ftp://me:secret@host/a@b/c", "ftp://host/a@b/c"),
+        ("simplecache::https://token@host/a?key=secret", "simplecache::https://host/a"),
+        ("s3://bucket/a?x=/secret::ftp://me:secret@host", "s3://bucket/a::ftp://host"),
+        ("abfss://container@account.dfs.core.windows.net/a", "abfss://container@account.dfs.core.windows.net/a"),
+        ("wasb://me:secret@host/a", "wasb://host/a"),
+        ("file:///a?b/c@d", "file:///a?b/c@d"),
+        ("a?b@c", "a?b@c"),
+    ],
+)
+def test_a_url_is_shown_without_what_is_secret(url, shown):
+    assert public_url(url) == shown
 
 
 def test_a_cluster_needs_a_store_that_all_hosts_share():

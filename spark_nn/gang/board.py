@@ -1,18 +1,19 @@
 """Driver side: shows the fits of one call, from the first moment to the last.
 
 One thread reads what rank 0 of each fit has published, and what the ranks have printed, and draws it. It is a
-courtesy: whatever goes wrong with it, the fits go on.
+courtesy: whatever goes wrong with it, the fits go on, and none of them waits long for a store.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from spark_nn.gang.logs import Follower
@@ -20,9 +21,11 @@ from spark_nn.gang.progress import INTERVAL, PROGRESS, State
 from spark_nn.gang.screen import Lines, Screen, View, screen
 from spark_nn.store import RunDir
 
-# States that the present rate goes by, and seconds in which a thread that draws ought to end.
+# States that the present rate goes by, and seconds in which a thread that draws or takes the last news has to end.
 _WINDOW = 20
 _PATIENCE = 10.0
+# Fits that have given no sign yet and are looked at, too: those of a long grid begin in their order.
+_AHEAD = 8
 _LOG = logging.getLogger(__name__)
 # What a rank says it is doing, in the words of a fit.
 _PHASES = {
@@ -72,6 +75,7 @@ class Board:
         self._fits = {url: _Fit(f"[{label}] " if label else "") for url, label in labels.items()}
         self._followers: dict[str, Follower] = {}
         self._screen: Screen = Lines()
+        self._away = False  # whether the store has left a last question of this attempt without an answer
         self._lock = threading.RLock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
@@ -127,21 +131,40 @@ class Board:
             for url, folder in folders.items():
                 self._fits.setdefault(url, _Fit("")).begin(folder, notes.get(url, ""))
             self._followers = {url: Follower(folder) for url, folder in folders.items()}
+            self._away = False
         self.phase("starting")
         try:
             yield
         finally:
-            for url in folders:
-                self.taken(url)
-            self._print()
-            self._followers = {}
+            self._read_last([url for url in folders if self._fits[url].folder is not None], self._followers)
+            with self._lock:
+                for url in folders:
+                    self._fits[url].folder = None
+                self._followers = {}
 
     @_courteous
     def taken(self, url: str) -> None:
         """Read what a fit's ranks have published for the last time."""
-        self._read(url)
+        self._read_last([url], ())
         with self._lock:
-            self._fits[url].folder = None
+            self._fits[url].leave()
+
+    @_courteous
+    def _read_last(self, published: Sequence[str], printed: Collection[str]) -> None:
+        """Read for the last time, within a limit: the fit, or the error that it ended with, waits for it."""
+        if self._away or not (self._verbose or self.followLogs):
+            return
+        answered = threading.Event()
+
+        @_courteous
+        def work() -> None:
+            self._ask(published, list(printed))
+            answered.set()
+
+        thread = threading.Thread(target=work, name="progress", daemon=True)
+        thread.start()
+        thread.join(_PATIENCE)
+        self._away = not answered.is_set()
 
     @_courteous
     def done(self, url: str, *, failed: bool = False) -> None:
@@ -172,33 +195,47 @@ class Board:
 
     @_courteous
     def _look(self) -> None:
-        for url in list(self._fits):
-            self._read(url)
-        self._print()
         with self._lock:
-            self._show()
+            there = [url for url, fit in self._fits.items() if fit.folder is not None]
+            begun = [url for url in there if self._fits[url].begun]
+            begun += [url for url in there if not self._fits[url].begun][:_AHEAD]
+            left = [url for url, fit in self._fits.items() if time.monotonic() < fit.left + _PATIENCE]
+        try:
+            self._ask(begun, begun + left)
+        finally:
+            with self._lock:
+                self._show()
+
+    def _ask(self, published: Sequence[str], printed: Sequence[str]) -> None:
+        """Read what some fits have published and what ranks have printed, until the store does not answer."""
+        for url in published:
+            folder = self._fits[url].folder
+            if folder is not None and self._verbose and (data := folder.read(PROGRESS, patient=False)) is not None:
+                self._take(url, folder, data)
+        for url in printed if self.followLogs else ():
+            if (follower := self._followers.get(url)) is not None:
+                self._print(url, follower, follower.lines())
 
     @_courteous
-    def _read(self, url: str) -> None:
-        folder = self._fits[url].folder
-        if folder is None or not self._verbose:
-            return
-        value = folder.readJson(PROGRESS)
+    def _take(self, url: str, folder: RunDir, data: bytes) -> None:
         with self._lock:
             fit = self._fits[url]
-            if value is None or fit.folder is not folder:  # another has read the last of it meanwhile
+            if fit.folder is not folder:  # another has read the last of it meanwhile
                 return
-            for line in fit.take(State(**value)):
+            fit.begun = True
+            for line in fit.take(State.fromDict(json.loads(data))):
                 if not self._screen.live or not fit.counted:
                     self._screen.write(fit.label + line)
 
     @_courteous
-    def _print(self) -> None:
-        if not self.followLogs:
-            return
-        for url, follower in list(self._followers.items()):
-            for rank, line in follower.lines():
-                self._screen.write(f"{self._fits[url].label}[rank {rank}] {line}")
+    def _print(self, url: str, follower: Follower, lines: Sequence[tuple[int, str]]) -> None:
+        with self._lock:
+            if self._followers.get(url) is not follower:  # the answer came too late
+                return
+            fit = self._fits[url]
+            fit.begun = fit.begun or bool(lines)
+            for rank, line in lines:
+                self._screen.write(f"{fit.label}[rank {rank}] {line}")
 
     def _show(self) -> None:
         if not self._verbose or self._stop.is_set():
@@ -217,6 +254,8 @@ class _Fit:
         self.folder: RunDir | None = None
         self.state: State | None = None
         self.over = False
+        self.begun = False  # whether this attempt has given a sign
+        self.left = float("-inf")  # when its result was there, since when its ranks may print a last word
         self._since = time.monotonic()
         # One of several waits for the others first.
         self._began = None if label else self._since
@@ -240,12 +279,18 @@ class _Fit:
     def begin(self, folder: RunDir, note: str) -> None:
         """Another attempt begins."""
         self.folder = folder
+        self.begun = False
         self.state = None
         self._note = note
         self._since = time.monotonic()
         self._told = max(self._told, self._lines)
         self._lines = 0
         self._seen.clear()
+
+    def leave(self) -> None:
+        """Its result is there."""
+        self.folder = None
+        self.left = time.monotonic()
 
     def take(self, state: State) -> list[str]:
         """Take what was published; the lines of the epochs that are new."""

@@ -19,6 +19,7 @@ from spark_nn.gang.board import Board
 from spark_nn.gang.context import CARDS, RESULT, GangContext, attempt_folder
 from spark_nn.gang.failure import FOLDER, Failure, first_failure
 from spark_nn.gang.job import SparkJob
+from spark_nn.gang.plain import plain
 from spark_nn.gang.worker import GangTask, Home, LoneTasks, WarmTask, Work
 from spark_nn.store import RunDir
 
@@ -254,7 +255,7 @@ class Gang:
                     error.restarts = restarts
                 if getattr(error, "transient", False) and len(restarts) < self.retries:
                     transient = error
-                    restarts.append(str(error).partition("\n")[0])
+                    restarts.append(plain(str(error).partition("\n")[0]))
                     with board.aside():
                         _LOG.warning(
                             "%s. Trying again, from the last checkpoint if there is one (%d of %d)",

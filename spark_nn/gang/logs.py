@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 
 from spark_nn.errors import StoreError
+from spark_nn.gang.plain import plain
 from spark_nn.store import RunDir
 
 FOLDER = "logs"
@@ -109,19 +110,32 @@ class Follower:
         self._lock = threading.Lock()
 
     def lines(self) -> list[tuple[int, str]]:
-        """The lines that are new: the rank of each, and its text."""
+        """The lines that are new: the rank of each, and its text.
+
+        Raises
+        ------
+        StoreError
+            The store does not answer. Lines that were read before are returned first, and what was not read comes
+            another time.
+        """
         found: list[tuple[int, str]] = []
         with self._lock:
-            for name in self._run.names(FOLDER):
+            for name in self._run.names(FOLDER, patient=False):
                 match = _NAME.fullmatch(name)
                 if match is None or name in self._seen:
                     continue
-                data = self._run.read(f"{FOLDER}/{name}")
+                try:
+                    data = self._run.read(f"{FOLDER}/{name}", patient=False)
+                except StoreError:
+                    if found:
+                        break
+                    raise
                 if data is None:
                     continue
                 self._seen.add(name)
                 found += [(int(match[1]), _shown(line)) for line in data.decode(errors="replace").split("\n")]
-                with contextlib.suppress(OSError):  # it goes with the run directory, too
+                # Every store has errors of its own, and it goes with the run directory, too.
+                with contextlib.suppress(Exception):
                     self._run.delete(f"{FOLDER}/{name}")
         return found
 
@@ -129,4 +143,4 @@ class Follower:
 def _shown(line: str) -> str:
     """A line as a terminal would show it in the end: bars that are drawn again and again leave their last state."""
     last = next((part for part in reversed(line.split("\r")) if part.strip()), "")
-    return "".join(letter for letter in last if letter.isprintable() or letter in "\t\x1b")
+    return plain(last, colours=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -56,6 +57,26 @@ class State:
     loss: float | None = None
     busy: float = 0.0
     pause: float = 0.0
+
+    @classmethod
+    def fromDict(cls, value: Mapping[str, Any]) -> State:
+        """A state as another process has published it.
+
+        Raises
+        ------
+        TypeError, ValueError
+            It makes no sense.
+        """
+        state = cls(**value)
+        for name in ("epoch", "epochs", "step", "steps", "rows"):
+            setattr(state, name, int(getattr(state, name)))
+        for name in ("busy", "pause"):
+            setattr(state, name, float(getattr(state, name)))
+        state.history = {str(name): list(values) for name, values in dict(state.history).items()}
+        state.seconds = [float(each) for each in state.seconds]
+        state.phase = str(state.phase)
+        state.loss = None if state.loss is None else float(state.loss)
+        return state
 
     @property
     def rowsPerSecond(self) -> float:

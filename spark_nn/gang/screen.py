@@ -10,6 +10,8 @@ from typing import Any, Protocol, TextIO
 
 from tqdm.std import tqdm
 
+from spark_nn.gang.plain import plain
+
 # Letters of a bar, at least and at most, and of a line where nobody knows how many there is room for.
 _SHORT, _LONG = 8, 30
 _WIDTH = 100
@@ -36,6 +38,10 @@ class View:
     total: int = 0
     facts: tuple[str, ...] = ()
     weights: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "head", plain(self.head))
+        object.__setattr__(self, "facts", tuple(map(plain, self.facts)))
 
     def fitted(self, width: int) -> tuple[str, ...]:
         """The facts that fit into a line of so many letters, with a short bar."""
@@ -85,7 +91,7 @@ class Lines:
 
     def write(self, text: str) -> None:
         """A line, between the bars of others."""
-        tqdm.write(text, file=self._file)
+        tqdm.write(plain(text, colours=self._file.isatty()), file=self._file)
 
     def close(self) -> None:
         """Nothing is to be taken away."""
@@ -111,11 +117,11 @@ class Terminal:
 
     def leave(self, text: str) -> None:
         """A line above the bars."""
-        self.write(text)
+        self.write(plain(text))
 
     def write(self, text: str) -> None:
         """A line above the bars."""
-        tqdm.write(text, file=self._file)
+        tqdm.write(plain(text, colours=True), file=self._file)
 
     def close(self) -> None:
         """Take the bars away."""
@@ -164,12 +170,12 @@ class Notebook:
 
     def leave(self, text: str) -> None:
         """A line above the bars."""
-        self._left.append(text)
+        self._left.append(plain(text))
         self._draw()
 
     def write(self, text: str) -> None:
         """A line of its own, in the cell's other output."""
-        self._file.write(text + "\n")
+        self._file.write(plain(text) + "\n")
 
     def close(self) -> None:
         """Take the bars away."""
@@ -192,7 +198,8 @@ class Notebook:
 
 
 def _marked(view: View) -> str:
-    bar = f' <progress value="{view.done}" max="{view.total}"></progress> {view.count}' if view.total else ""
+    done, total, count = (html.escape(str(each)) for each in (view.done, view.total, view.count))
+    bar = f' <progress value="{done}" max="{total}"></progress> {count}' if view.total else ""
     return html.escape(view.head) + bar + html.escape("".join("  " + fact for fact in view.facts))
 
 

@@ -11,7 +11,7 @@ import keras.callbacks as kinds
 
 from spark_nn.errors import ParamError
 from spark_nn.gang.context import GangContext
-from spark_nn.keras.draw import learning_rate
+from spark_nn.keras.rate import learning_rate
 from spark_nn.report import Report
 
 # What these do outside the model, one rank does for all.

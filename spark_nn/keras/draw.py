@@ -23,11 +23,3 @@ def draw(model: Any, example: Any) -> Drawing:
     with random_numbers_kept():
         traced = tf.function(lambda inputs: model(inputs, training=False)).get_concrete_function(example)
     return traced.graph.as_graph_def(add_shapes=True).SerializeToString(), layers
-
-
-def learning_rate(optimizer: Any) -> float | None:
-    """The optimizer's learning rate as it is now, whoever turns it."""
-    import keras
-
-    rate = getattr(optimizer, "learning_rate", None)
-    return None if rate is None else float(keras.ops.convert_to_numpy(rate))

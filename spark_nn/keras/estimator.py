@@ -19,7 +19,7 @@ from spark_nn.keras.parameters import ParameterTrainer
 from spark_nn.keras.params import KerasParams
 from spark_nn.keras.sharded import ShardedTrainer
 from spark_nn.keras.sharding import Sharding
-from spark_nn.keras.stages import LIBRARIES, check_numbers
+from spark_nn.keras.stages import check_numbers
 from spark_nn.keras.training import INITIAL_MODEL, MODEL, KerasTrainer, Recipe
 from spark_nn.network import check_arguments, check_network, refuse_arguments
 from spark_nn.persistence import ModelFile
@@ -193,7 +193,6 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
 
     __module__ = "spark_nn"  # what is saved names the public package, so that rooms may move
     functionParams: ClassVar[frozenset[str]] = frozenset({"model", "loss", "metrics", "callbacks", "customObjects"})
-    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
     _input_kwargs: dict[str, Any]
 
     @keyword_only

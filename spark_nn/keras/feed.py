@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,14 +114,24 @@ class Feed:
         if self._left is not None:
             yield self.parts(self._left)
 
-    def batches(self, start: int) -> Iterator[tuple[Any, ...]]:
-        """The batches of an epoch one by one, without so many at its beginning; they lie in blocks of many."""
+    def batches(self, start: int, check: Callable[[Block], None] | None = None) -> Iterator[tuple[Any, ...]]:
+        """The batches of an epoch one by one, without so many at its beginning; they lie in blocks of many.
+
+        Parameters
+        ----------
+        start : int
+            Batches that are left out at the beginning of the epoch.
+        check : callable, optional
+            Sees each block, and may refuse it.
+        """
         stream = self.stream
         size, left = stream.batch, stream.steps - start
         together = max(1, int(_BLOCK_BYTES / (size * stream.manifest.row_bytes)))
         with self._noted():
             blocks = stream.epoch(self.epoch, start=start, batches=together)
             for block in map(self._weighted, blocks):
+                if check is not None:
+                    check(block)
                 for place in range(0, len(next(iter(block.values()))), size):
                     left -= 1
                     if not left:

@@ -65,15 +65,17 @@ def load_measure(path: str, share: Share, backend: str = "tensorflow", find: Fin
     device = predict.start(backend, share)
     import keras
 
-    try:
-        with keras.device(device):
+    with predict.own_backend(backend), keras.device(device):
+        try:
             model = codec.load_model(path, find, compiled=True)
-    except (TypeError, ValueError, ModelFileError) as error:
-        raise ModelFileError(
-            "the model's loss or one of its metrics is a function or class that its file does not hold: give it as "
-            f"customObjects, or {_CURE} "
-            f"({error})"
-        ) from error
+        except (TypeError, ValueError, ModelFileError) as error:
+            if keras.backend.backend() != backend:
+                raise  # of the other backend, more likely than of the file
+            raise ModelFileError(
+                "the model's loss or one of its metrics is a function or class that its file does not hold: give it "
+                f"as customObjects, or {_CURE} "
+                f"({error})"
+            ) from error
     if (found := other_reduction(model.loss)) is not None:
         raise ModelFileError(
             f"the model's loss {found}, and its value would depend on how the rows are partitioned: use "

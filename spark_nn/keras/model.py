@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from spark_nn.errors import ModelFileError
 from spark_nn.export import check_format
 from spark_nn.keras import archive, codec, export, measure, predict, pretrained
 from spark_nn.keras.customs import Customs, registered, require
-from spark_nn.keras.stages import LIBRARIES, HasBackend, HasCustomObjects, check_numbers
+from spark_nn.keras.stages import HasBackend, HasCustomObjects, check_numbers
 from spark_nn.model import NeuralModel
 from spark_nn.persistence import ModelFile
 from spark_nn.scoring.evaluation import MeasureLoader
@@ -33,7 +33,6 @@ class KerasModel(HasCustomObjects, HasBackend, NeuralModel):
     """
 
     __module__ = "spark_nn"
-    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
 
     @classmethod
     def fromKeras(cls, model: Any, **params: Any) -> KerasModel:

@@ -28,9 +28,10 @@ from spark_nn.gang.failure import lost_ranks
 from spark_nn.gang.visits import Hall, Visit
 from spark_nn.keras import backends, codec
 from spark_nn.keras.describe import describe_outputs
-from spark_nn.keras.draw import draw, learning_rate
+from spark_nn.keras.draw import draw
 from spark_nn.keras.feed import Feed
-from spark_nn.keras.training import INITIAL_MODEL, KerasTrainer, _fetched, _take_optimizer, _take_weights
+from spark_nn.keras.rate import learning_rate
+from spark_nn.keras.training import INITIAL_MODEL, KerasTrainer, fetched, take_optimizer, take_weights
 from spark_nn.outputs import Output
 from spark_nn.store import RunDir
 from spark_nn.tracking.events import Events
@@ -63,9 +64,9 @@ class ParameterTrainer(KerasTrainer):
         keras.utils.set_random_seed((self.schedule.seed + gang.rank) % 2**32)
         example = Feed(data).example()
         model, put_out = self._build(gang, example, manifest.role("features"))
-        before = _fetched(gang, INITIAL_MODEL, self.recipe.customs) if self.recipe.continued else None
+        before = fetched(gang, INITIAL_MODEL, self.recipe.customs) if self.recipe.continued else None
         if before is not None:
-            _take_weights(model, before)
+            take_weights(model, before)
         workers = gang.world - 1
         self._compile(model, workers)
         if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
@@ -81,7 +82,7 @@ class ParameterTrainer(KerasTrainer):
             self._work(gang, model, Feed(data, self.schedule.classWeights, order))
             return Trained("", "", {}, {}, 0.0, [])
         if before is not None:
-            _take_optimizer(model, before)
+            take_optimizer(model, before)
         self.recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
         codec.check_loadable(model, self.recipe.customs)
         events = self.events(gang, 0, functools.partial(draw, model, example))
@@ -99,6 +100,8 @@ class ParameterTrainer(KerasTrainer):
         server = ParameterServer(model, gang, self.schedule.epochs, manifest.rows("train"), events)
         hall = Hall(gang, server.answer, server.limit)
         server.hall = hall
+        if events is not None:
+            events.network()  # now, and not while workers wait for the weights
         gang.progress.update(phase="serving")
         hall.serve(lambda: lost_ranks(attempt_folder(gang.run, gang.attempt)))
         server.finish()

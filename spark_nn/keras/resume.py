@@ -17,6 +17,7 @@ from keras.src.random.seed_generator import global_seed_generator
 from spark_nn.chance import random_state, set_random_state
 from spark_nn.checkpoint import Arrays, Checkpoint, Checkpoints, Place
 from spark_nn.gang.context import GangContext
+from spark_nn.keras import backends
 from spark_nn.keras.feed import Feed
 from spark_nn.keras.sync import optimizers
 
@@ -159,18 +160,19 @@ class Keeper(keras.callbacks.Callback):  # type: ignore[misc]
         Those that change by the averaged gradient alone are. The others may be moving statistics and states of random
         generators, which differ, or the weights of a large frozen part, which do not.
         """
+        every = self._variables()
         trained = {id(each) for each in (*self.network.trainable_variables, *self._optimized())}
-        others = [each for each in self._variables() if id(each) not in trained]
+        others = [each for each in every if id(each) not in trained]
         size = hashlib.sha256().digest_size
         mine = b"".join(hashlib.sha256(_array(each).tobytes()).digest() for each in others)
         digests = self.gang.collective.all_gather(mine)
         for number, variable in enumerate(others):
             if len({each[number * size : (number + 1) * size] for each in digests}) == 1:
                 trained.add(id(variable))
-        return [(each, id(each) in trained) for each in self._variables()]
+        return [(each, id(each) in trained) for each in every]
 
     def _variables(self) -> list[Any]:
-        return [*self.network.variables, *self._optimized()]
+        return [*self.network.variables, *backends.current().buffers(self.network), *self._optimized()]
 
     def _optimized(self) -> list[Any]:
         return [variable for each in optimizers(self.network) for variable in each.variables]
@@ -227,14 +229,19 @@ def _gathered(arrays: Arrays, name: str, count: int | None) -> np.ndarray | list
 
 
 def _random() -> Arrays:
-    """The state of Python's and NumPy's generators, which callbacks may draw from, and of Keras's, if there is one."""
+    """The state of Python's and NumPy's generators, which callbacks may draw from, of the backend's, and of Keras's.
+
+    The latter is made when it is first used.
+    """
     generator = get_global_attribute("global_seed_generator")
-    return {**({} if generator is None else {"keras-state": _array(generator.state)}), **random_state()}
+    own = {} if generator is None else {"keras-state": _array(generator.state)}
+    return {**own, **backends.current().random_state(), **random_state()}
 
 
 def _set_random(arrays: Arrays) -> None:
     if "keras-state" in arrays:
         global_seed_generator().state.assign(arrays["keras-state"])
+    backends.current().set_random_state(arrays)
     set_random_state(arrays)
 
 

@@ -30,7 +30,7 @@ from spark_nn.keras.customs import require
 from spark_nn.keras.describe import describe_outputs
 from spark_nn.keras.feed import Feed
 from spark_nn.keras.sharding import DATA, Sharding
-from spark_nn.keras.training import INITIAL_MODEL, KerasTrainer, Recipe, _fetched, _take_optimizer, _take_weights
+from spark_nn.keras.training import INITIAL_MODEL, KerasTrainer, Recipe, fetched, take_optimizer, take_weights
 from spark_nn.outputs import Output
 from spark_nn.report import Report
 from spark_nn.store import RunDir
@@ -83,12 +83,12 @@ class ShardedTrainer(KerasTrainer):
             with distribution.scope():
                 model, put_out = self._build(gang, None, manifest.role("features"))
                 distribution.check(model)
-                before = _fetched(gang, INITIAL_MODEL, self.recipe.customs) if self.recipe.continued else None
+                before = fetched(gang, INITIAL_MODEL, self.recipe.customs) if self.recipe.continued else None
                 if before is not None:
-                    _take_weights(model, before)
+                    take_weights(model, before)
                 self._compile(model, 1)  # one program: each loss is that of the global batch
                 if before is not None:
-                    _take_optimizer(model, before)
+                    take_optimizer(model, before)
                     del before  # which is as large as the model
                 _check_alike(gang, model)
                 outputs = describe_outputs(model, put_out, manifest.role("label"))

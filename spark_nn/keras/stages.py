@@ -15,12 +15,10 @@ from spark_nn.keras import archive
 from spark_nn.keras.backends import BACKENDS
 from spark_nn.keras.customs import by_names, registered, require
 from spark_nn.persistence import ModelFile, StageReader, import_path
-from spark_nn.stage import Stage
+from spark_nn.stage import LIBRARIES
 
 C = TypeVar("C", bound="HasCustomObjects")
 B = TypeVar("B", bound="HasBackend")
-# Distributions whose versions are noted in what is saved.
-LIBRARIES = (*Stage.libraries, "keras", "tensorflow")
 
 
 def _custom_objects(value: Any) -> dict[str, Any]:
@@ -57,6 +55,11 @@ class HasBackend(Params):
     def setBackend(self: B, value: str) -> B:
         """Set :py:attr:`backend`."""
         return self._set(backend=value)
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Distributions whose versions are noted in what is saved: Keras's, and that of the backend."""
+        return (*LIBRARIES, "keras", self.getBackend())
 
 
 def check_numbers(backend: str, tensors: Sequence[Tensor]) -> None:

@@ -67,7 +67,7 @@ class Synchroniser:
 
     def start_alike(self) -> None:
         """Give every rank rank 0's weights and optimizer state, and random numbers of its own."""
-        variables = list(self.model.variables)
+        variables = [*self.model.variables, *self._backend.buffers(self.model)]
         for optimizer in optimizers(self.model):
             variables += optimizer.variables
         for variable in variables:
@@ -118,8 +118,8 @@ class Synchroniser:
         return _Global(self) if self._watch is None else _Watching(self, self._watch)
 
     def digest(self) -> bytes:
-        """SHA-256 over the model's weights."""
-        return _digest(self.model.weights)
+        """SHA-256 over the model's weights, and what else it keeps."""
+        return _digest([*self.model.weights, *self._backend.buffers(self.model)])
 
     def sum_metrics(self) -> Measured:
         """The value of each metric over the rows of this rank and of all. The metrics' own state becomes global."""
@@ -152,7 +152,7 @@ class Synchroniser:
 
     def settle_statistics(self) -> None:
         """Average what layers track on their own rows, such as BatchNormalization's moving statistics."""
-        variables = self.model.non_trainable_weights
+        variables = [*self.model.non_trainable_weights, *self._backend.buffers(self.model)]
         if len(set(self.collective.all_gather(_digest(variables)))) == 1:
             return
         for variable in variables:

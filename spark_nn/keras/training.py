@@ -128,12 +128,12 @@ class KerasTrainer(Trainer):
         example = Feed(data).example()
         model, put_out = self._build(gang, example, manifest.role("features"))
         with random_numbers_kept():
-            before = _fetched(gang, INITIAL_MODEL, self.recipe.customs) if self.recipe.continued else None
+            before = fetched(gang, INITIAL_MODEL, self.recipe.customs) if self.recipe.continued else None
         if before is not None:
-            _take_weights(model, before)
+            take_weights(model, before)
         self._compile(model, gang.world)
         if before is not None:
-            _take_optimizer(model, before)
+            take_optimizer(model, before)
         outputs = describe_outputs(model, put_out, manifest.role("label"))
         self.recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
         order = tuple(outputs) if isinstance(put_out, (list, tuple)) and len(outputs) > 1 else None
@@ -192,7 +192,7 @@ class KerasTrainer(Trainer):
             if not codec.is_model(model):
                 raise ParamError(f"the function given as model returned {model!r}, not a keras.Model")
         else:
-            model = _fetched(gang, MODEL if recipe.instance else INITIAL_MODEL, recipe.customs)
+            model = fetched(gang, MODEL if recipe.instance else INITIAL_MODEL, recipe.customs)
         return model, self._put_out(model, example, inputs)
 
     def _put_out(self, model: Any, example: Any, inputs: Sequence[Tensor]) -> Any:
@@ -250,7 +250,7 @@ def prepare() -> None:
     petastorm_compat.load()
 
 
-def _fetched(gang: GangContext, name: str, customs: Customs) -> Any:
+def fetched(gang: GangContext, name: str, customs: Customs) -> Any:
     """A model that the driver left, compiled as far as its file says how."""
     # Keras reads a model from a local path only.
     with NamedTemporaryFile(suffix=codec.SUFFIX) as local:
@@ -258,7 +258,7 @@ def _fetched(gang: GangContext, name: str, customs: Customs) -> Any:
         return codec.load_compiled(local.name, customs.find)
 
 
-def _take_weights(model: Any, before: Any) -> None:
+def take_weights(model: Any, before: Any) -> None:
     """Give a model the weights of a fitted one.
 
     Raises
@@ -266,7 +266,8 @@ def _take_weights(model: Any, before: Any) -> None:
     ParamError
         It has others.
     """
-    ours, theirs = ([(tuple(weight.shape), weight.path) for weight in each.weights] for each in (model, before))
+    taking, giving = ([*each.weights, *backends.current().buffers(each)] for each in (model, before))
+    ours, theirs = ([(tuple(weight.shape), weight.path) for weight in each] for each in (taking, giving))
     if len(ours) != len(theirs):
         raise ParamError(
             f"initialModel has {len(theirs)} weights, and the network of the param model {len(ours)}: both must have "
@@ -278,11 +279,11 @@ def _take_weights(model: Any, before: Any) -> None:
                 f"the weight {path} of the network of the param model has shape {shape}, and initialModel's {given}: "
                 "both must have the same layers; or leave model out"
             )
-    for variable, value in zip(model.weights, before.weights, strict=True):
-        variable.assign(value)
+    for variable, taken in zip(taking, giving, strict=True):
+        variable.assign(taken.value)
 
 
-def _take_optimizer(model: Any, before: Any) -> None:
+def take_optimizer(model: Any, before: Any) -> None:
     """Give a model's optimizer the state of a fitted model's, where it is of the same kind; its settings stay."""
     ours, theirs = model.optimizer, getattr(before, "optimizer", None)
     if theirs is None or type(ours) is not type(theirs):

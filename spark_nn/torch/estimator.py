@@ -21,7 +21,6 @@ from spark_nn.torch.losses import check_loss
 from spark_nn.torch.model import TorchModel
 from spark_nn.torch.names import check_metric, check_optimizer
 from spark_nn.torch.params import TorchParams
-from spark_nn.torch.stages import LIBRARIES
 from spark_nn.torch.training import WEIGHTS, Recipe, TorchTrainer
 from spark_nn.trainer import Schedule, Trained
 
@@ -125,7 +124,6 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
     functionParams: ClassVar[frozenset[str]] = frozenset(
         {"model", "loss", "metrics", "optimizer", "lrScheduler", "stopWhen"}
     )
-    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
     _input_kwargs: dict[str, Any]
 
     @keyword_only

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from spark_nn.allowed import MODULES_CONF, allowed_modules, from_allowed, within
 from spark_nn.errors import ModelFileError
@@ -18,7 +18,7 @@ from spark_nn.scoring.models import Loader
 from spark_nn.torch import codec, export, measure, predict, pretrained
 from spark_nn.torch.blueprint import Blueprint, BlueprintLoader, Specs, is_module, skeleton_of
 from spark_nn.torch.losses import NAMES, check_loss, check_measurable
-from spark_nn.torch.stages import LIBRARIES, TorchColumns
+from spark_nn.torch.stages import TorchColumns
 
 M = TypeVar("M", bound="TorchModel")
 _CURE = (
@@ -39,7 +39,6 @@ class TorchModel(TorchColumns, NeuralModel):
     """
 
     __module__ = "spark_nn"
-    libraries: ClassVar[tuple[str, ...]] = LIBRARIES
     _blueprint: Blueprint | None = None
 
     @classmethod

@@ -7,14 +7,16 @@ from pyspark.sql.types import StructType
 from spark_nn.columns import Tensor
 from spark_nn.errors import ColumnError
 from spark_nn.params import ModelParams
-from spark_nn.stage import Stage
-
-# Distributions whose versions are noted in what is saved.
-LIBRARIES = (*Stage.libraries, "torch", "safetensors")
+from spark_nn.stage import LIBRARIES
 
 
 class TorchColumns(ModelParams):
     """A stage whose network takes what PyTorch has tensors of."""
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Distributions whose versions are noted in what is saved."""
+        return (*LIBRARIES, "torch", "safetensors")
 
     def inputTensors(self, schema: StructType) -> tuple[Tensor, ...]:
         """The model's inputs, as the DataFrame's columns make them.

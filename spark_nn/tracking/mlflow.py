@@ -13,7 +13,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from spark_nn.columns import quoted
 from spark_nn.persistence import versions
+from spark_nn.store import public_url
 
 if TYPE_CHECKING:
     from pyspark.ml._typing import ParamMap
@@ -56,7 +57,7 @@ class Run:
             warnings.warn(
                 "tracking='mlflow', and no MLflow run is active in this thread: the fit is not logged. Call fit inside "
                 "'with mlflow.start_run():', or set tracking='none'",
-                stacklevel=5,
+                stacklevel=4,
             )
             return None
         return cls(run.info.run_id, run.info.experiment_id, mlflow.get_tracking_uri())
@@ -66,10 +67,17 @@ class Run:
 
         A run that holds other values by these names, of another fit, gets them with ``fit-2.`` before them.
         """
+        params, history = _params(estimator), model.summary.history
+        prefix: str | None = None
         with _told(self):
-            params, history = _params(estimator), model.summary.history
             prefix = self._prefix(params, history)
-            self._write(self.id, prefix, params, history)
+        if prefix is None:  # without it, what another fit has told might be taken for this one's
+            return
+        with _told(self):
+            self._write_params(self.id, prefix, params)
+        with _told(self):
+            self._write_metrics(self.id, prefix, history)
+        with _told(self):
             _log_model(model, dataset, f"{prefix.replace('.', '-')}model")
 
     def log_map(self, estimator: Any, changed: ParamMap, model: Any) -> None:
@@ -78,8 +86,13 @@ class Run:
             name = ", ".join(f"{param.name}={_text(value) or repr(value)}" for param, value in changed.items())
             tags = {"mlflow.parentRunId": self.id}
             run = self._client().create_run(self.experiment, tags=tags, run_name=name or estimator.uid).info.run_id
-            self._write(run, "", _params(estimator), model.summary.history)
-            self._client().set_terminated(run)
+            status = "FAILED"
+            try:
+                self._write_params(run, "", _params(estimator))
+                self._write_metrics(run, "", model.summary.history)
+                status = "FINISHED"
+            finally:
+                self._client().set_terminated(run, status)
 
     def _client(self) -> Any:
         from mlflow import MlflowClient
@@ -96,16 +109,33 @@ class Run:
                 break
         return prefix
 
-    def _write(self, run: str, prefix: str, params: Mapping[str, str], history: Mapping[str, Any]) -> None:
-        from mlflow.entities import Metric, Param
+    def _write_params(self, run: str, prefix: str, params: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        entries = [Param(f"{prefix}{name}", value) for name, value in params.items()]
+        for start in range(0, len(entries), _PARAMS):
+            self._log(run, "params", entries[start : start + _PARAMS])
+
+    def _write_metrics(self, run: str, prefix: str, history: Mapping[str, Any]) -> None:
+        from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(f"{prefix}{name}", value, now, epoch) for name, epoch, value in _scalars(history)]
-        named = [Param(f"{prefix}{name}", value) for name, value in params.items()]
-        for start in range(0, len(named), _PARAMS):
-            self._client().log_batch(run, params=named[start : start + _PARAMS])
-        for start in range(0, len(metrics), _METRICS):
-            self._client().log_batch(run, metrics=metrics[start : start + _METRICS])
+        entries = [Metric(f"{prefix}{name}", value, now, epoch) for name, epoch, value in _scalars(history)]
+        for start in range(0, len(entries), _METRICS):
+            self._log(run, "metrics", entries[start : start + _METRICS])
+
+    def _log(self, run: str, kind: str, entries: Sequence[Any]) -> None:
+        """Log entries in one request; where MLflow refuses a name or a value, those of each name by themselves."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client().log_batch(run, **{kind: entries})
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            for name in dict.fromkeys(each.key for each in entries):
+                with _told(self):
+                    self._client().log_batch(run, **{kind: [each for each in entries if each.key == name]})
 
 
 def _log_model(model: Any, dataset: DataFrame, name: str) -> None:
@@ -143,7 +173,7 @@ def _params(estimator: Any) -> dict[str, str]:
 def _text(value: Any) -> str | None:
     """A value as MLflow shows it, None where JSON cannot hold it."""
     try:
-        return value if isinstance(value, str) else json.dumps(value)
+        return public_url(value) if isinstance(value, str) else json.dumps(value)
     except (TypeError, ValueError):
         return None
 
@@ -163,9 +193,10 @@ def _told(run: Run) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001  (every tracking store has errors of its own)
         _LOG.warning(
-            "tracking='mlflow': the fit could not be logged to the run %s of %s (%s: %s); the model is not affected",
+            "tracking='mlflow': something of the fit could not be logged to the run %s of %s (%s: %s); the model "
+            "that fit returns is not affected",
             run.id,
-            run.uri,
+            public_url(run.uri),
             type(error).__name__,
             error,
             exc_info=True,

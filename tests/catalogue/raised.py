@@ -373,7 +373,7 @@ DRIVER = {
     "rank 0 has left no result": lambda: cause(None, told=True),
     "cannot … … in the store": lambda: in_the_store(list_a_file),
     "cannot read … in the store": rows_that_cannot_be_read,
-    "storeUrl=…: …. Install": lambda: RunDir("no-such://x"),
+    "…=…: …. Install": lambda: RunDir("no-such://x"),
     "…=…: write it as": lambda: store_url(None, "file:/tmp"),
     "spark_nn needs Petastorm": another_petastorm,
     "Petastorm was imported before": petastorm_before,
@@ -389,7 +389,7 @@ DRIVER = {
     "… was lost: …": lambda: lost_ring(OSError("no route to host")),
     "… closed its connection": lambda: lost_ring(EOFError()),
     # Logs and the summary.
-    "logDir=… cannot be written": lambda: events.run_folder("no-such://x", "run"),
+    "logDir=… cannot be written": lambda: events.run_folder("/dev/null/x", "run"),
     "logDir: …, where": lambda: events.Events("file:///nowhere", SimpleNamespace(host="a-host"), 0),
     "logDir is set, and": without_tensorboard,
     "plot needs matplotlib": without_matplotlib,

@@ -20,6 +20,7 @@ from spark_nn.dataset.materialize import check_count
 from spark_nn.gang.ring import Ring
 from spark_nn.gang.wire import Position
 from spark_nn.keras import archive, native, parameters, sharded
+from spark_nn.keras.backends import host
 from spark_nn.keras.training import KerasTrainer
 from spark_nn.model import Fitted
 from spark_nn.outputs import Output
@@ -52,6 +53,10 @@ def too_few_rows():
 def without_a_loss():
     recipe = SimpleNamespace(optimizer=None, loss=None, metrics=None, lossWeights=[1.0])
     KerasTrainer._compile(SimpleNamespace(recipe=recipe), SimpleNamespace(compiled=False), 1)
+
+
+def wrapped():
+    host.check_range("column 'id'", np.array([0, 2**31]), np.dtype(np.int32))
 
 
 def out_of_step():
@@ -129,6 +134,7 @@ WORKERS = {
     "… names … columns, and the model was trained": lambda: fitted(inputCols=["a", "a", "a"])._arguments(),
     "the model was trained with the inputs": lambda: fitted(inputs={"x": "a"})._inputs(SCHEMA),
     "no loss: set": without_a_loss,
+    "… holds the whole number": wrapped,
     "the model cannot be sent": lambda: Blueprint(None, {"lock": threading.Lock()}).pickled,
     "… is at …, and rank": out_of_step,
     "all … workers were lost": all_lost,

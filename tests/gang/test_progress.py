@@ -14,8 +14,10 @@ import types
 
 import pytest
 
+from spark_nn.errors import StoreError
 from spark_nn.gang.board import Board, number
 from spark_nn.gang.logs import Follower, pumped
+from spark_nn.gang.plain import plain
 from spark_nn.gang.progress import PROGRESS, Reporter, State
 from spark_nn.store import RunDir
 
@@ -243,6 +245,48 @@ def test_fits_side_by_side_have_a_line_each(run, terminal):
         assert until(screen, "[3/3").startswith("[3/3 rate={0.3}] epoch 2/2 |███")
 
 
+def test_a_store_is_not_asked_for_long(run, monkeypatch, capsys):
+    monkeypatch.setattr("spark_nn.gang.board.INTERVAL", 60)
+    folders = {run.below(name).url: run.below(name) for name in "abcdefghijklmnopqrst"}
+    asked, read, answer = [], run.fs.cat_file, threading.Event()
+
+    def told(path):
+        asked.append(path.split("/")[-2])
+        return read(path)
+
+    def attempt(board, store):
+        monkeypatch.setattr(run.fs, "cat_file", told)
+        with board.attempt(folders, {}):
+            asked.clear()
+            board._look()
+            yield "".join(asked)
+            asked.clear()
+            board._look()
+            yield "".join(asked)
+            board._look()
+            monkeypatch.setattr(run.fs, "cat_file", lambda path: asked.append("-") or store())
+            asked.clear()
+            board.taken(run.below("c").url)
+            board.taken(run.below("d").url)
+        yield "".join(asked)
+
+    with Board(dict.fromkeys(folders, ""), verbose=2) as board:
+        steps = attempt(board, lambda: 1 / 0)
+        assert next(steps) == "abcdefgh"
+        run.mkdir("b")
+        run.below("b").writeJson(PROGRESS, state(epoch=1, **finished(1)))
+        assert next(steps) == "abcdefgh"
+        assert next(steps) == "-"
+        monkeypatch.setattr("spark_nn.gang.board._PATIENCE", 0.1)
+        run.below("b").writeJson(PROGRESS, state(epoch=1, **finished(2)))
+        steps = attempt(board, lambda: answer.wait(60))
+        assert next(steps) == "abcdefgh"
+        assert next(steps) == "bacdefghi"
+        assert next(steps) == "-"
+        answer.set()
+    assert [line.partition("  ")[0] for line in capsys.readouterr().err.splitlines()] == ["epoch 1/2", "epoch 2/2"]
+
+
 def test_another_attempt_says_after_what_and_a_failure_leaves_a_line(run, terminal):
     screen = terminal(100)
     with pytest.raises(ValueError, match="broken"), Board({run.url: ""}, verbose=1) as board:
@@ -264,6 +308,46 @@ def test_a_screen_that_is_gone_and_news_that_make_no_sense_end_no_fit(run, termi
         screen.file.close()
         time.sleep(0.7)
         board.done(run.url)
+
+
+# Colours; what writes to the clipboard, titles, clears; letters that turn the direction of reading.
+FOUL = "\x1b[1;31mred\x1b[0m \x1b]52;c;eHg=\x07\x1b]0;title\x1b\\\x1b[2J\x1b[3A\x1bc\u202e\x9b2J<b>"
+
+
+def test_nothing_of_what_ranks_tell_moves_the_cursor(run, capsys, terminal):
+    assert plain(FOUL) == "red 2J<b>"
+    assert plain(FOUL, colours=True) == "\x1b[1;31mred\x1b[0m 2J<b>\x1b[0m"
+    told = {"epoch": 1, "seconds": [1.0], "history": {FOUL: [1.0]}, "phase": FOUL}
+    run.mkdir("logs")
+
+    def follow(verbose):
+        run.write("logs/00000-000000000", FOUL.encode())
+        run.writeJson(PROGRESS, state(**told))
+        with Board({run.url: ""}, verbose=verbose, followLogs=True) as board:
+            with board.attempt({run.url: run}, {run.url: f"attempt 2 of 2, after: {FOUL}"}):
+                time.sleep(0.2)
+            board.done(run.url, failed=True)
+
+    follow(2)
+    assert capsys.readouterr().err.splitlines() == [
+        "epoch 1/2  red 2J<b> 1.0000  1,000 rows/s",
+        "[rank 0] red 2J<b>",
+    ]
+    screen = terminal(100)
+    follow(1)
+    screen.drawn()
+    assert "(epoch 1/2, red 2J<b>)" in screen.raw
+    assert re.findall(r"[\x1b\x9b][^\[]|\x1b\[[0-9;]*[^0-9;Am]", screen.raw) == []
+    assert "[rank 0] \x1b[1;31mred\x1b[0m 2J<b>\x1b[0m" in screen.raw
+
+
+@pytest.mark.parametrize(
+    "changes", [{"step": "<b>"}, {"epochs": "<b>"}, {"seconds": ["<b>"]}, {"loss": "<b>"}, {"steps": [1]}]
+)
+def test_numbers_that_are_none_are_refused(changes):
+    with pytest.raises((TypeError, ValueError)):
+        State.fromDict(state(**changes))
+    assert State.fromDict(state(step="7")).step == 7
 
 
 def test_a_notebook_shows_html_that_is_drawn_again(run, monkeypatch, capsys):
@@ -310,7 +394,7 @@ def test_what_a_rank_prints_is_followed_line_by_line(run, tmp_path):
 
         with pumped(run, 3, read.fileno()):
             log.write("first\nå\x07 \x1b[1msecond\n1/10\r5/10\r10/10\r\nunfin".encode())
-            assert lines(3) == [(3, "first"), (3, "å \x1b[1msecond"), (3, "10/10")]
+            assert lines(3) == [(3, "first"), (3, "å \x1b[1msecond\x1b[0m"), (3, "10/10")]
             log.write(b"ished\n" + b"".join(b"%d\n" % number for number in range(5000)))
             found = lines(1000)
             assert found[0] == (3, "[lines were left out here: more were printed than are followed]")
@@ -318,6 +402,21 @@ def test_what_a_rank_prints_is_followed_line_by_line(run, tmp_path):
             log.write(b"the end")
         assert follower.lines() == [(3, "the end")]
     assert run.names("logs") == []
+
+
+def test_lines_that_were_read_outlive_a_store_that_refuses_the_rest(run, monkeypatch):
+    run.mkdir("logs")
+    for rank in range(3):
+        run.write(f"logs/{rank:05d}-000000000", b"line")
+    follower, read, delete = Follower(run), run.fs.cat_file, run.fs.rm_file
+    monkeypatch.setattr(run.fs, "rm_file", lambda path: 1 / 0)
+    monkeypatch.setattr(run.fs, "cat_file", lambda path: 1 / 0 if "/00001-" in path else read(path))
+    assert follower.lines() == [(0, "line")]
+    with pytest.raises(StoreError, match="division by zero"):
+        follower.lines()
+    monkeypatch.setattr(run.fs, "rm_file", delete)
+    monkeypatch.setattr(run.fs, "cat_file", read)
+    assert follower.lines() == [(1, "line"), (2, "line")]
 
 
 def test_counts_are_told_as_counts_and_small_numbers_with_their_power():

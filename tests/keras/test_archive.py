@@ -505,6 +505,8 @@ def test_what_was_not_changed_loads_and_tells_its_versions(saved, native):
     assert libraries["keras"] == version("keras")
     assert libraries["numpy"] == np.__version__
     assert libraries["python"] == sys.version.split()[0]
+    for stage in (KerasModel(), KerasEstimator()):
+        assert stage.setBackend("jax").libraries == ("spark_nn", "pyspark", "numpy", "keras", "jax")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,10 @@ own.
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 
 from tests.keras.ranks import BATCH, ROWS, Case, Ranks
@@ -96,8 +100,219 @@ def test_a_loss_that_is_not_finite_on_any_rank_stops_all_ranks_at_its_step(ranks
 
 
 def test_one_process_is_watched_too(ranks):
-    (outcome,) = ranks.gang(1, "going_wrong", world=1, rank=None, made=10, epoch=1, jit=ranks.backend == "jax")
+    jax = ranks.backend == "jax"
+    (outcome,) = ranks.gang(1, "going_wrong", world=1, rank=None, made=10, epoch=1, jit=jax, spe=4 if jax else 1)
     assert "in epoch 1 at step 14, with learning rate 0.02." in last_line(outcome)
+
+
+def by_two(**settings):
+    """A ``train_step`` for PyTorch that scales no loss, and applies the gradients by two optimizers."""
+    import keras
+    import torch
+
+    from tests.keras.test_sync import going_wrong
+
+    case = going_wrong(**settings)
+    model = case.model
+    model.other = keras.optimizers.SGD(0.01)
+
+    def train_step(data):
+        x, y = data
+        model.zero_grad()
+        loss = model.compute_loss(x, y, model(x, training=True))
+        loss.backward()
+        for optimizer, variables in (
+            (model.optimizer, model.trainable_weights[:2]),
+            (model.other, model.trainable_weights[2:]),
+        ):
+            with torch.no_grad():
+                optimizer.apply([variable.value.grad for variable in variables], variables)
+        return {"loss": loss}
+
+    vars(model)["train_step"] = train_step
+    return case
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_train_step_that_scales_no_loss_is_watched_by_what_it_logs(ranks, world):
+    if ranks.backend != "torch":
+        pytest.skip("JAX's log their loss, too, and have one optimizer")
+    outcomes = ranks.gang(world, "by_two", world=world, rank=world - 1)
+    assert "in epoch 2 at step 4, with learning rate 0.01." in last_line(outcomes[-1])
+    assert all(outcome.error for outcome in outcomes)
+
+
+def routed():
+    """Layers that take some rows only: a rank's rows go to one of two, and to the third come none."""
+    import keras
+
+    class Routed(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.experts = [keras.layers.Dense(6, "softplus", kernel_initializer="ones") for _ in range(3)]
+
+        def build(self, shape):
+            for expert in self.experts:
+                expert.build(shape)
+
+        def call(self, x):
+            put_out = keras.ops.zeros((len(x), 6))
+            for number, expert in enumerate(self.experts):
+                mine = x[:, 0] == number
+                if mine.any():
+                    put_out = put_out + mine[:, None] * expert(x)
+            return put_out
+
+    x, y = rows()
+    half = np.arange(ROWS) % BATCH // (BATCH // 2)
+    half[-(ROWS % BATCH) :] = np.arange(ROWS % BATCH) // (ROWS % BATCH // 2)
+    x[:, 0] = half
+    model = keras.Sequential([keras.Input((4,)), Routed(), keras.layers.Dense(1, kernel_initializer="ones")])
+    return Case(compiled(keras.optimizers.AdamW(0.05, weight_decay=0.1), model), x, y)
+
+
+def test_gradients_that_a_rank_lacks_count_as_zeros_and_none_at_all_as_none(ranks):
+    if ranks.backend != "torch":
+        pytest.skip("what a compiled step consists of does not depend on its rows")
+    outcomes, _ = equals_single(ranks, 2, "routed")
+    first, other, unused = [outcomes[0].weights[path] for path in outcomes[0].weights if "kernel" in path][:3]
+    assert not np.allclose(first, other)
+    assert (unused == 1).all()  # it does not even decay
+
+
+def wrapped():
+    """What PyTorch keeps and draws by itself: running statistics, and dropout."""
+    import keras
+    import torch
+
+    from spark_nn.checkpoint import Place
+    from spark_nn.gang.collective import Alone
+    from spark_nn.keras import backends
+    from spark_nn.keras.resume import Keeper, _set_random
+    from spark_nn.keras.tally import array_of
+
+    class Wrapped(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            norm = torch.nn.BatchNorm1d(4)
+            norm.register_buffer("process", torch.tensor(float(os.getpid()), dtype=torch.float64))
+            self.norm = norm
+
+        def call(self, x, training=None):
+            return torch.nn.functional.dropout(self.norm(x, training=training), 0.2, self.training)
+
+    def probe(model):
+        room = backends.current()
+        found = {each.path.rpartition(".")[2]: array_of(each) for each in room.buffers(model)}
+        drawn = kept(model)
+        block = {"": case.x}
+        scored = [room.Forward(model, "cpu")(block, False, None)[""] for _ in range(2)]
+        model.reset_metrics()
+        room.Step(model)((case.x, case.y), True)
+        return {
+            **found,
+            "drawn": drawn,
+            "scored": scored,
+            "pid": os.getpid(),
+            "measured": model.get_metrics_result()["loss"].item(),
+        }
+
+    def kept(model):
+        """What is drawn after a checkpoint; brought back, it is drawn again, and all buffers are as before."""
+        saved = {}
+        progress = SimpleNamespace(state=SimpleNamespace(history={}, seconds=0.0))
+        gang = SimpleNamespace(rank=0, collective=Alone(), progress=progress)
+        checkpoints = SimpleNamespace(save=lambda place, state, alike, own: saved.update(alike, **own))
+        keeper = Keeper(model, gang, checkpoints, [], 1, 1)
+        keeper._save(Place(0, 1))
+        drawn = torch.rand(3).tolist()
+        before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
+        for each in backends.current().buffers(model):
+            each.assign(0 * array_of(each))
+        keeper._assign(saved)
+        _set_random(saved)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in norm.state_dict().items())
+        assert torch.rand(3).tolist() == drawn
+        return drawn
+
+    case = Case(compiled("sgd", keras.Sequential([keras.Input((4,)), Wrapped(), *smooth().layers])), *rows())
+    case.probe = probe
+    # What Keras builds a model with has moved them already.
+    norm = case.model.layers[0].norm.module
+    case.callbacks = [keras.callbacks.LambdaCallback(on_train_begin=lambda logs: norm.reset_running_stats())]
+    return case
+
+
+def test_what_pytorch_keeps_by_itself_is_kept_in_step_and_does_not_train_when_it_scores(ranks):
+    if ranks.backend != "torch":
+        pytest.skip("PyTorch's own")
+    one, other = (outcome.probe for outcome in ranks.alike(2, "wrapped"))
+    x, y = rows()
+    assert one["process"] == other["process"] == one["pid"] != other["pid"]
+    assert one["num_batches_tracked"] == other["num_batches_tracked"] == 12
+    np.testing.assert_array_equal(one["running_mean"], other["running_mean"])
+    # Each rank moves them by the halves of the batches that it gets; for both together that is by whole batches.
+    mean = np.zeros(4)
+    for batch in [x[start : start + BATCH] for start in range(0, ROWS, BATCH)] * 2:
+        mean = 0.9 * mean + 0.1 * batch.mean(axis=0)
+    np.testing.assert_allclose(one["running_mean"], mean, rtol=1e-5)
+    assert one["drawn"] != other["drawn"]
+    first, again = one["scored"]
+    np.testing.assert_array_equal(first, again)
+    assert one["measured"] == pytest.approx(float(np.mean((first - y) ** 2)), rel=1e-5)
+
+
+def large_numbers():
+    """What JAX's room says of whole numbers beyond 32 bits, wherever they come from; and of models of five rows."""
+    import keras
+
+    from spark_nn.columns import Tensor
+    from spark_nn.errors import ColumnError
+    from spark_nn.keras import backends
+    from spark_nn.keras.predict import KerasPredictor
+
+    room = backends.current()
+    large = np.array([3, 2**31])
+
+    def refused(function, *arguments):
+        try:
+            function(*arguments)
+        except ColumnError as error:
+            return str(error)
+        return ""
+
+    def probe(model):
+        ids = keras.Sequential([keras.Input((), dtype="int64"), keras.layers.Rescaling(1.0)])
+        forward = room.Forward(ids, "cpu:0")
+        tensor = Tensor("features", ("id",), "scalar", "int64", 0, ())
+        five = keras.Sequential([keras.Input((4,), batch_size=5), Five()])
+        return {
+            "training": refused(room.check_block, [tensor], {"features": large}),
+            "scoring": refused(forward, {"": -large - 1}, False, None),
+            "measuring": refused(room.Step(model), (case.x[:2], large), True),
+            "fits": forward({"": large - 1}, False, None)[""].tolist(),
+            "five": KerasPredictor(five, "cpu:0", "jax")(case.x[:12]),
+        }
+
+    class Five(keras.layers.Layer):
+        def call(self, x):
+            return keras.ops.reshape(keras.ops.reshape(x, (5, 2, 2)) * 2.0, (5, 4))
+
+    case = Case(compiled("sgd"), *rows(), epochs=1, probe=probe)
+    return case
+
+
+def test_jax_refuses_whole_numbers_that_it_would_wrap_and_keeps_to_a_fixed_number_of_rows(ranks):
+    if ranks.backend != "jax":
+        pytest.skip("PyTorch has 64 bits, and takes any number of rows")
+    (outcome,) = ranks.alike(1, "large_numbers")
+    found = outcome.probe
+    number = "holds the whole number {}, and JAX takes those from -2147483648 to 2147483647"
+    assert found["training"].startswith("column 'id' " + number.format(2**31))
+    assert found["scoring"].startswith("the model's only input " + number.format(-(2**31) - 1))
+    assert found["measuring"].startswith("the model's only label " + number.format(2**31))
+    assert found["fits"] == [2, 2**31]  # as floats, which have no odd numbers there
+    np.testing.assert_array_equal(found["five"], 2 * rows()[0][:12])
 
 
 def own_step(way):

@@ -208,6 +208,24 @@ def test_what_a_file_does_not_hold_is_told(spark, df):
         KerasModel.fromKeras(native, **SHARED).evaluate(df)
 
 
+def test_an_error_of_another_backend_is_not_laid_on_the_model_s_file(monkeypatch):
+    import keras
+
+    from spark_nn.keras import codec
+    from spark_nn.keras.measure import load_measure
+    from spark_nn.share import Share
+
+    def load(*_, **__):
+        raise ValueError("no such operation")
+
+    monkeypatch.setattr(codec, "load_model", load)
+    own = keras.backend.backend()
+    with pytest.raises(ModelFileError, match=f"wants backend='torch', and .* on '{own}' before.* no such operation"):
+        load_measure("model.keras", Share(), "torch")
+    with pytest.raises(ModelFileError, match=r"that its file does not hold.*\(no such operation\)"):
+        load_measure("model.keras", Share(), own)
+
+
 def test_nothing_but_arrays_and_json_crosses(spark, df):
     """The state of a measure: a line of JSON and little-endian doubles, which add up in any order."""
     from spark_nn.keras.measure import load_measure

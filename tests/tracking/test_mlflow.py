@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
+from types import SimpleNamespace
 
 import mlflow
 import numpy as np
@@ -12,6 +14,7 @@ from pyspark.ml.evaluation import RegressionEvaluator
 from pyspark.ml.tuning import CrossValidator
 from pyspark.sql import functions as F
 
+from spark_nn.tracking.mlflow import Run
 from tests.toy import ToyEstimator
 
 pytestmark = pytest.mark.timeout(240)
@@ -51,7 +54,7 @@ def told(client, run, name):
 
 def test_fits_in_a_run_are_logged_with_a_model_that_scores_alike(spark, store, client):
     df = data(spark)
-    stage = estimator(store)
+    stage = estimator(store, logDir="memory://me:secret@logs")
     with mlflow.start_run() as run:
         mlflow.log_param("epochs", 2)  # the user's own, to the same effect
         model = stage.fit(df)
@@ -62,6 +65,8 @@ def test_fits_in_a_run_are_logged_with_a_model_that_scores_alike(spark, store, c
     params = only.data.params
     assert (params["epochs"], params["inputCols"], params["handleInvalid"]) == ("2", '["a", "b"]', "error")
     assert (params["learningRate"], params["fit-2.epochs"]) == ("0.1", "3")
+    assert params["logDir"] == "memory://logs"
+    assert re.fullmatch(rf"memory://logs/[\d.-]+-{stage.uid}", model.summary.logDir)
     for prefix, fitted in (("", model), ("fit-2.", again)):
         for name, values in fitted.summary.history.items():
             assert told(client, run.info.run_id, f"{prefix}{name}") == list(enumerate(values))
@@ -94,6 +99,31 @@ def test_maps_have_runs_below_the_active_one_whose_model_is_the_best(spark, stor
     assert told(client, own.info.run_id, "loss") == list(enumerate(best.bestModel.summary.history["loss"]))
 
 
+def test_each_map_says_whether_it_is_logged(spark, store, client, monkeypatch):
+    monkeypatch.setattr("spark_nn.estimator.Fits", lambda dataset, fits: fits)
+    df = data(spark)
+    stage = estimator(store)
+    off = stage.copy({stage.tracking: "none"})
+    with mlflow.start_run():
+        for each, maps in ((stage, [{}, {stage.tracking: "none"}]), (off, [{stage.tracking: "mlflow"}, {}])):
+            assert [fit.told is not None for fit in each.fitMultiple(df, maps)] == [True, False]
+
+
+def test_what_mlflow_refuses_costs_nothing_else(client, caplog, monkeypatch):
+    params = [(SimpleNamespace(name="epochs"), 2)]
+    fitted = SimpleNamespace(summary=SimpleNamespace(history={"<lambda>": [1.0, 2.0], "loss": [0.5, 0.25]}))
+    stage = SimpleNamespace(uid="toy", extractParamMap=lambda: SimpleNamespace(items=lambda: params))
+    with mlflow.start_run() as run:
+        Run.active().log_map(stage, {}, fitted)
+        monkeypatch.setattr(mlflow.MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
+        Run.active().log_map(stage, {}, fitted)
+    below = client.search_runs([run.info.experiment_id], "tags.mlflow.parentRunId != ''", order_by=["start_time"])
+    assert [each.info.status for each in below] == ["FINISHED", "FAILED"]
+    assert below[0].data.params == {"epochs": "2"}
+    assert below[0].data.metrics == {"loss": 0.25}
+    assert len(re.findall("could not be logged.*<lambda>", caplog.text)) == 1
+
+
 def test_without_a_run_and_with_a_store_that_fails_the_fit_goes_on(spark, store, client, monkeypatch, caplog):
     df = data(spark)
     experiments = [mlflow.get_experiment_by_name(store.split("/")[-2]).experiment_id]
@@ -101,11 +131,20 @@ def test_without_a_run_and_with_a_store_that_fails_the_fit_goes_on(spark, store,
         assert estimator(store).fit(df).summary.epochs == 2
     assert client.search_runs(experiments) == []
     with mlflow.start_run(), warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        monkeypatch.setattr(mlflow.MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
+        warnings.filterwarnings("error", "tracking=", UserWarning)
+        log = mlflow.MlflowClient.log_batch
+
+        def refuse(*args, **entries):
+            assert not any(each.key == "epochs" for each in entries.get("params", ())), "no params today"
+            return log(*args, **entries)
+
+        monkeypatch.setattr(mlflow.MlflowClient, "log_batch", refuse)
         assert estimator(store).fit(df).summary.epochs == 2
-    assert "the fit could not be logged to the run" in caplog.text
-    assert "ZeroDivisionError" in caplog.text
+    assert "something of the fit could not be logged to the run" in caplog.text
+    (run,) = client.search_runs(experiments)
+    assert (run.data.params, [step for step, _ in told(client, run.info.run_id, "loss")]) == ({}, [0, 1])
+    assert [each.name for each in client.search_logged_models(experiments)] == ["model"]
+    assert "AssertionError: no params today" in caplog.text
     monkeypatch.delitem(sys.modules, "mlflow")
     with pytest.warns(UserWarning, match="no MLflow run is active"):
         estimator(store, epochs=1).fit(df)

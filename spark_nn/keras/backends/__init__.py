@@ -19,6 +19,10 @@ room has the same things in it:
     Methods that make a model and its optimizers train in step.
 ``ready``
     Settings of a compiled model that several ranks need.
+``buffers``
+    What a model keeps besides Keras's variables, to be read and written as these are.
+``random_state``, ``set_random_state``
+    The state of the backend's own generators of random numbers, as arrays by names.
 ``TOGETHER``
     Whether it pays to run several steps in one call.
 ``dataset``, ``first``
@@ -31,7 +35,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from spark_nn.errors import ClusterError
@@ -73,11 +77,11 @@ def current() -> Any:
 
 
 @contextlib.contextmanager
-def replaced(owner: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Give an object a method of its own for the time of the block."""
+def replaced(owner: Any, name: str, attribute: Any) -> Iterator[None]:
+    """Give an object an attribute of its own, such as a method, for the time of the block."""
     attributes = vars(owner)  # not by setattr, which Keras overrides
     before = attributes.get(name)
-    attributes[name] = method
+    attributes[name] = attribute
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 # Nowhere else does Keras show what `fit` reads its batches by; a `PyDataset` would copy them for PyTorch.
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
+from spark_nn.errors import ColumnError
 from spark_nn.gang.collective import Average, Collective
 from spark_nn.keras.feed import Feed
 from spark_nn.trainer import non_finite
@@ -81,6 +83,34 @@ class Watch:
             raise non_finite(epoch, self.good, self.rate, "clipnorm of the optimizer")
 
 
+def check_range(what: str, array: np.ndarray, kept: Any) -> None:
+    """Refuse whole numbers that a backend would take for others.
+
+    Parameters
+    ----------
+    what : str
+        What they are, for the error.
+    array : numpy.ndarray
+        The numbers.
+    kept : numpy.dtype
+        What the backend makes of the array's type.
+
+    Raises
+    ------
+    ColumnError
+        One of them lies beyond that.
+    """
+    if array.dtype.kind not in "iu" or array.dtype == kept or not array.size:
+        return
+    limits = np.iinfo(kept)
+    for value in (int(array.min()), int(array.max())):
+        if not limits.min <= value <= limits.max:
+            raise ColumnError(
+                f"{what} holds the whole number {value}, and JAX takes those from {limits.min} to {limits.max}: make "
+                "indices of such numbers before, as StringIndexer does, or set backend='tensorflow' or 'torch'"
+            )
+
+
 class Batches(DataAdapter):  # type: ignore[misc]
     """A feed's batches, an epoch at a time, as Keras's trainers ask for them.
 
@@ -101,8 +131,10 @@ class Batches(DataAdapter):  # type: ignore[misc]
         return self.feed.batches(self.start)
 
     def get_jax_iterator(self) -> Iterator[Any]:
-        """Batches of arrays, which JAX takes as they are."""
-        return self.feed.batches(self.start)
+        """Batches of arrays, which JAX takes as they are, but for large whole numbers."""
+        from spark_nn.keras.backends.jax import check_block
+
+        return self.feed.batches(self.start, functools.partial(check_block, self.feed.stream.manifest.tensors))
 
     def get_torch_dataloader(self) -> Iterator[Any]:
         """Batches of tensors."""
@@ -138,9 +170,3 @@ def dataset(feed: Feed, start: int = 0) -> Batches:
 def first(feed: Feed, start: int) -> Any:
     """The first batch after so many."""
     return next(feed.batches(start))
-
-
-def learning_rate(optimizer: Any) -> float:
-    """The learning rate; NaN for an optimizer made of several."""
-    rate = getattr(optimizer, "learning_rate", np.nan)
-    return float(rate if isinstance(rate, float) else keras.ops.convert_to_numpy(rate))

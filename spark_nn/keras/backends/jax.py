@@ -6,7 +6,7 @@ One function with a call of Python in its midst would wait for itself where ther
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
+from spark_nn.columns import Tensor
 from spark_nn.errors import ParamError
 from spark_nn.gang.collective import Collective, Engine
 from spark_nn.keras.backends import replaced
-from spark_nn.keras.backends.host import TOGETHER, Averager, Watch, dataset, first, learning_rate
+from spark_nn.keras.backends.host import TOGETHER, Averager, Watch, check_range, dataset, first
+from spark_nn.keras.backends.plain import buffers, random_state, set_random_state
 from spark_nn.keras.describe import by_name
+from spark_nn.keras.rate import learning_rate
 from spark_nn.share import Share
 
 __all__ = [
@@ -28,11 +31,14 @@ __all__ = [
     "Step",
     "Watch",
     "averager",
+    "buffers",
     "dataset",
     "first",
     "methods",
     "prepare",
+    "random_state",
     "ready",
+    "set_random_state",
     "start",
     "tensors",
 ]
@@ -65,6 +71,25 @@ def tensors(arrays: Any) -> Any:
     return keras.tree.map_structure(jnp.asarray, arrays)
 
 
+def check_block(tensors: Sequence[Tensor], block: Mapping[str, np.ndarray]) -> None:
+    """Refuse rows of a dataset with whole numbers that JAX, which drops their upper halves, would take for others."""
+    for tensor in tensors:
+        names = ", ".join(map(repr, tensor.columns))
+        what = f"column {names}" if len(tensor.columns) == 1 else f"one of the columns {names}"
+        _check_range(what, block[tensor.name])
+
+
+def _check_parts(kind: str, parts: Any) -> None:
+    """The same for a model's inputs, or its labels: one array, or several by name or in order."""
+    several = dict(enumerate(parts)) if isinstance(parts, (tuple, list)) else parts
+    for name, array in (several if isinstance(several, dict) else {"": several}).items():
+        _check_range(f"the model's only {kind}" if name == "" else f"the model's {kind} {name!r}", array)
+
+
+def _check_range(what: str, array: np.ndarray) -> None:
+    check_range(what, array, jax.dtypes.canonicalize_dtype(array.dtype) if array.dtype.kind in "iu" else array.dtype)
+
+
 class Forward:
     """A model that predicts blocks of rows, compiled once for each of few sizes.
 
@@ -92,8 +117,9 @@ class Forward:
 
     def __call__(self, part: dict[str, np.ndarray], named: bool, fixed: int | None) -> dict[str, np.ndarray]:
         """The outputs of some rows by their names; the only input and the only output have the empty one."""
+        _check_parts("input", part)
         rows = len(next(iter(part.values())))
-        size = self._size(rows)
+        size = fixed or self._size(rows)
         if size > rows:  # the last row stands in for those that lack
             part = {
                 name: np.concatenate([array, np.repeat(array[-1:], size - rows, axis=0)])
@@ -125,6 +151,8 @@ class Step:
 
     def __call__(self, data: tuple[Any, ...], known: bool) -> None:
         """Take in a batch; a number of rows that is not known may never come again, and is worth no compiling."""
+        for kind, parts in zip(("input", "label"), data, strict=False):
+            _check_parts(kind, parts)
         model = self._model
         if not self._ready:
             # Keras makes a metric's variables when it meets the first batch, and must not do so in the step.
@@ -158,8 +186,9 @@ def methods(
         if averager is not None:
             model.train_function = _repeated(model, _Halves(model, averager, watch))
         elif watch is not None:
-            original(force)
-            model.train_function = _watched(model, model.train_function, watch)
+            with replaced(model, "steps_per_execution", 1):  # so that every step is seen
+                original(force)
+            model.train_function = _repeated(model, _watched(model, model.train_function, watch))
 
     yield model, "make_train_function", make_train_function
 
@@ -183,16 +212,16 @@ def _repeated(model: keras.Model, step: Callable[[Any, Any], Any]) -> Callable[[
     return train_function
 
 
-def _watched(model: keras.Model, original: Callable[..., Any], watch: Watch) -> Callable[..., Any]:
-    """A training function of Keras's own, whose loss is looked at: its mean stays infinite once it is."""
+def _watched(model: keras.Model, original: Callable[..., Any], watch: Watch) -> Callable[[Any, Any], Any]:
+    """A step of Keras's own, whose loss is looked at: its mean stays infinite once it is."""
 
-    def train_function(state: Any, batches: Iterator[Any]) -> Any:
-        logs, state = original(state, batches)
+    def step(state: Any, batch: Any) -> Any:
+        logs, state = original(state, iter([batch]))
         bad = "loss" in logs and not np.isfinite(np.asarray(logs["loss"])).all()
         watch.note(bad, _rate(model.optimizer, state[2], 1) if bad else np.nan)
         return logs, state
 
-    return train_function
+    return step
 
 
 class _Halves:

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from spark_nn.keras.backends.plain import buffers, random_state, set_random_state
 from spark_nn.keras.describe import by_name
 from spark_nn.keras.feed import Feed
 from spark_nn.keras.gradients import Averager
@@ -25,11 +26,14 @@ __all__ = [
     "Step",
     "Watch",
     "averager",
+    "buffers",
     "dataset",
     "first",
     "methods",
     "prepare",
+    "random_state",
     "ready",
+    "set_random_state",
     "start",
     "tensors",
 ]
