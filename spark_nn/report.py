@@ -53,6 +53,10 @@ class Report:
         """Whether the driver should be told the loss so far: to read it may wait for a GPU, so not of every step."""
         return self.progress.heard and time.monotonic() >= self._looked + INTERVAL
 
+    def wanted(self, done: int) -> bool:
+        """Whether so many steps are a reason to tell it: where it is :attr:`due`, and at an epoch's end."""
+        return self.due or (self.progress.heard and done >= self.steps)
+
     def begin_epoch(self, epoch: int) -> None:
         """Start the clock of an epoch, counted from 0."""
         self.epoch = epoch

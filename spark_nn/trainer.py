@@ -236,9 +236,12 @@ def misfit(inputs: Sequence[Tensor], named: str, error: Exception) -> ParamError
     described = ", ".join(
         f"{each.key or 'the input'}: {each.dtype} {each.shape} from {', '.join(each.columns)}" for each in inputs
     )
+    advice = f"The param inputs must name {named}"
+    if any(each.dtype == "string" for each in inputs):
+        advice += "; numbers that were read as text are cast before, as by F.col('x').cast('double')"
     return ParamError(
-        f"the model does not take the input that the columns make ({described}; the shape is that of a row). The param "
-        f"inputs must name {named}. {type(error).__name__}: {error}"
+        f"the model does not take the input that the columns make ({described}; the shape is that of a row). {advice}. "
+        f"{type(error).__name__}: {error}"
     )
 
 

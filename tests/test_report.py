@@ -69,8 +69,11 @@ def test_the_loss_so_far_is_due_twice_a_second_and_only_where_somebody_is_told(c
         asked += [step] if due else []
     assert asked[:4] == [1, 5, 9, 13]
     assert progress.state.loss == asked[-1] / 100
+    assert report.wanted(100)  # so that an epoch's bar ends with its loss
+    assert not report.wanted(99)
     report.begin_epoch(1)
     assert progress.state.loss is None
     clock.now += 10
     progress.heard = False
     assert not report.due
+    assert not report.wanted(100)

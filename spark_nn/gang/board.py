@@ -259,7 +259,7 @@ class _Fit:
         self._since = time.monotonic()
         # One of several waits for the others first.
         self._began = None if label else self._since
-        self._waiting = "starting"
+        self._waiting = "checking"
         self._note = ""
         self._lines = 0  # epochs that were told, of this attempt
         self._told = 0  # and of those before

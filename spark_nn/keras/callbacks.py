@@ -149,7 +149,8 @@ class Session(keras.callbacks.CallbackList):  # type: ignore[misc]
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Pass it on, counted from the epoch's first step, without the logs where nobody looks at them."""
-        super().on_train_batch_end(self._start + batch, logs if self._watched or self._report.due else None)
+        place = self._start + batch
+        super().on_train_batch_end(place, logs if self._watched or self._report.wanted(place + 1) else None)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Pass it on the last time."""

@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from spark_nn.checkpoint import Checkpoints, Place
 from spark_nn.columns import Tensor, arrange
@@ -27,12 +30,14 @@ from spark_nn.keras.customs import require
 from spark_nn.keras.describe import describe_outputs
 from spark_nn.keras.feed import Feed
 from spark_nn.keras.sharding import DATA, Sharding
-from spark_nn.keras.training import INITIAL_MODEL, KerasTrainer, Recipe, fetched, take_weights
+from spark_nn.keras.training import INITIAL_MODEL, KerasTrainer, Recipe, fetched, take_optimizer, take_weights
 from spark_nn.outputs import Output
 from spark_nn.report import Report
 from spark_nn.store import RunDir
-from spark_nn.trainer import Schedule, Trained, misfit, publish
+from spark_nn.trainer import Schedule, Trained, check_digests, misfit, publish
 
+# How JAX reports that a value is not the same in all processes.
+_UNLIKE = "not the same on each process"
 # How JAX reports that processes cannot exchange.
 _BROKEN = ("gloo", "nccl", "connection", "timed out", "deadline", "unavailable", "coordination")
 
@@ -78,9 +83,14 @@ class ShardedTrainer(KerasTrainer):
             with distribution.scope():
                 model, put_out = self._build(gang, None, manifest.role("features"))
                 distribution.check(model)
-                if self.recipe.continued:
-                    take_weights(model, fetched(gang, INITIAL_MODEL, self.recipe.customs))
+                before = fetched(gang, INITIAL_MODEL, self.recipe.customs) if self.recipe.continued else None
+                if before is not None:
+                    take_weights(model, before)
                 self._compile(model, 1)  # one program: each loss is that of the global batch
+                if before is not None:
+                    take_optimizer(model, before)
+                    del before  # which is as large as the model
+                _check_alike(gang, model)
                 outputs = describe_outputs(model, put_out, manifest.role("label"))
                 self.recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
                 self._check_loadable(model)
@@ -114,6 +124,7 @@ class ShardedTrainer(KerasTrainer):
                         validation_data=None if held is None else held.dataset(),
                         callbacks=session,
                     )
+                check_digests(gang, _digest(model))
                 clock.append(time.monotonic())
                 gang.progress.update(phase="publish")
                 _gather(model, gang.rank)
@@ -129,6 +140,10 @@ class ShardedTrainer(KerasTrainer):
         place = dataclasses.replace(gang, rank=self.sharding.place(gang.rank), world=self.sharding.replicas)
         return super()._stream(place, data, manifest, split)
 
+    def _build(self, gang: GangContext, example: Any, inputs: Sequence[Tensor]) -> tuple[Any, Any]:
+        with _told_unlike():
+            return super()._build(gang, example, inputs)
+
     def _put_out(self, model: Any, example: Any, inputs: Sequence[Tensor]) -> Any:
         """What the model puts out, found without computing: parts of it are on other machines."""
         import keras
@@ -137,7 +152,8 @@ class ShardedTrainer(KerasTrainer):
             tensor.name: keras.KerasTensor((1, *(tensor.shape or ())), dtype=str(tensor.numpy)) for tensor in inputs
         }
         try:
-            return model(arrange(symbols, "features"))
+            with _told_unlike():
+                return model(arrange(symbols, "features"))
         except ParamError:
             raise
         except Exception as error:
@@ -235,6 +251,39 @@ def _synchroniser(model: Any, nonFinite: Any) -> Any:
     return Together(model, Alone(), 0, nonFinite=nonFinite)
 
 
+@contextlib.contextmanager
+def _told_unlike() -> Iterator[None]:
+    """Say what is to be done where JAX finds that a variable's first value is not the same on all ranks."""
+    try:
+        yield
+    except AssertionError as error:
+        if _UNLIKE not in str(error):
+            raise
+        raise _unlike() from error
+
+
+def _check_alike(gang: GangContext, model: Any) -> None:
+    """Refuse first values that differ: those of large variables JAX draws part by part, and does not compare."""
+    if len(set(gang.collective.all_gather(_digest(model)))) > 1:
+        raise _unlike()
+
+
+def _unlike() -> ParamError:
+    return ParamError(
+        "modelParallel needs the same first values on every worker, and the model's function makes others on each: "
+        "leave the seed to the param seed, and read no clock, process number or random numbers of your own"
+    )
+
+
+def _digest(model: Any) -> bytes:
+    """SHA-256 over the variables that every rank holds whole."""
+    found = hashlib.sha256()
+    for variable in (*model.variables, *model.optimizer.variables):
+        if variable.value.is_fully_replicated:
+            found.update(np.asarray(variable.value).tobytes())
+    return found.digest()
+
+
 def _check_callbacks(callbacks: Sequence[Any]) -> None:
     """Refuse Keras's own callbacks that need the whole model amid a training."""
     import keras.callbacks as kinds
@@ -249,7 +298,6 @@ def _check_callbacks(callbacks: Sequence[Any]) -> None:
 
 def _gather(model: Any, rank: int) -> None:
     """Bring the variables together on rank 0, one after the other, each in the place of the part that was there."""
-    import numpy as np
     from jax.experimental import multihost_utils
 
     for variable in model.variables:

@@ -100,7 +100,7 @@ class Loop:
         self.module.train()
         for step, (inputs, labels, weights, rows) in enumerate(feed.batches(epoch, start), start + 1):
             self._step(inputs, labels, weights, rows, Place(epoch, step))
-            self.report.end_step(step, self.tally.mean_loss if self.report.due else None)
+            self.report.end_step(step, self.tally.mean_loss if self.report.wanted(step) else None)
             if step < feed.stream.steps:
                 self.keeper.look(Place(epoch, step))
         self._look(Place(epoch, feed.stream.steps))

@@ -100,6 +100,11 @@ def other_layers():
     sharding._check_passed(SimpleNamespace(all_reduce=reduce, all_gather=lambda mine: passed), ["", "a"])
 
 
+def first_values():
+    with patch.object(sharded, "_digest", return_value=b"1"):
+        sharded._check_alike(SimpleNamespace(collective=SimpleNamespace(all_gather=lambda mine: [mine, b"2"])), None)
+
+
 def other_metrics():
     with patch("spark_nn.torch.metrics._unpacked", return_value={"metrics": [1]}):
         Tally.take(SimpleNamespace(_metrics={}), [b""])
@@ -134,6 +139,7 @@ WORKERS = {
     "… is at …, and rank": out_of_step,
     "all … workers were lost": all_lost,
     "callbacks holds a … that takes": lambda: sharded._check_callbacks([tf.keras.callbacks.ModelCheckpoint("x.keras")]),
+    "modelParallel needs the same": first_values,
     "TensorFlow is already at work": native_too_late,
     "TensorFlow's collective operations": native_broken,
     "torch.distributed failed": gloo_broken,

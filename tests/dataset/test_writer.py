@@ -76,7 +76,7 @@ def test_rows_that_cannot_be_used_are_counted_where_it_is_not(run):
     batches = [batch([1, 2]), batch([np.nan, None]), batch([None, 4])]
     task = PartitionWriter(run, (Tensor("features", ("x",), "array", "float32", 1, None),), 0.0, 0, False)
     report = task.write(0, iter(batches))
-    assert sorted(report["problems"]) == [["x", "nan", 1], ["x", "null", 2]]
+    assert sorted(report["problems"]) == [[1, "x", "nan", None, None], [2, "x", "null", None, None]]
 
 
 def test_the_length_that_is_skipped_for_is_that_of_the_first_row_that_can_be_used(run):

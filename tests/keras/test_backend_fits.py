@@ -38,8 +38,8 @@ def test_two_workers_on_another_backend_equal_one_process_and_score_alike(spark,
     fitted = estimator(store, **settings, validationIndicatorCol="held").fit(df)
     expected = models.single_process(begun, None, x, y, 2, 32, 2, 11, weight=w)
     assert models.relative(fitted.model.get_weights(), expected.get_weights()) < 1e-5
-    held, labels, _ = arrays(df.where("held"))
-    values = fitted.model.evaluate(held, labels, verbose=0, return_dict=True)
+    held, labels, weights = arrays(df.where("held"))
+    values = fitted.model.evaluate(held, labels, sample_weight=weights, verbose=0, return_dict=True)
     history = fitted.summary.history
     for name, value in values.items():
         assert history[f"val_{name}"][-1] == pytest.approx(value, rel=1e-5)

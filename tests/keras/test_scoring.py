@@ -235,7 +235,7 @@ def test_a_model_that_was_built_by_a_call_takes_any_number_of_rows_at_once(keras
     x = numbers()[:5000]
     close(predictor(x), native.predict(x, verbose=0))
     assert predictor._fixed is None
-    assert predictor._forward.experimental_get_tracing_count() == 1
+    assert predictor._forward._forward.experimental_get_tracing_count() == 1
 
 
 def test_one_graph_serves_blocks_of_any_number_of_rows(keras):
@@ -244,7 +244,7 @@ def test_one_graph_serves_blocks_of_any_number_of_rows(keras):
     x = numbers()
     for rows in (1, 7, 4096, 4095, 30):
         close(predictor(x[:rows]), native.predict(x[:rows], verbose=0))
-    assert predictor._forward.experimental_get_tracing_count() == 1
+    assert predictor._forward._forward.experimental_get_tracing_count() == 1
 
 
 class Task:
@@ -258,15 +258,17 @@ class Task:
 
 
 def test_a_task_scores_on_the_gpu_that_it_was_assigned(monkeypatch):
+    from spark_nn.keras.backends import tensorflow as room
+
     monkeypatch.setattr(TaskContext, "get", classmethod(lambda cls: Task()))
     share = Share.ofTask()
     assert share == Share(3, "2")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert predict._device(share, 4) == "/GPU:2"
-    assert predict._device(share, 0) == "/CPU:0"
-    assert predict._device(Share(3), 4) == "/CPU:0"
+    assert room._device(share, 4) == "/GPU:2"
+    assert room._device(share, 0) == "/CPU:0"
+    assert room._device(Share(3), 4) == "/CPU:0"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,2")
-    assert predict._device(share, 2) == "/GPU:1"
+    assert room._device(share, 2) == "/GPU:1"
 
 
 # An executor with two GPUs, as a script says, and tasks of one each. What the model is loaded for, it puts out.
