@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 from spark_nn import KerasEstimator
 from spark_nn.errors import ClusterError, ParamError, TrainingError
 from tests.failure.processes import Later, no_rank_is_left, rank_process
+from tests.tracking.reading import check_told, operations
 
 pytestmark = pytest.mark.timeout(240)
 ROWS, BATCH, WORKERS = 2000, 80, 2
@@ -49,8 +50,10 @@ def saved(model):
     return keras.models.load_model(model.fitted.file.path)
 
 
-def test_every_update_counts_and_the_weights_come_to_the_closed_form(rows, store):
-    model = estimator(store, epochs=30).fit(rows)
+def test_every_update_counts_and_the_weights_come_to_the_closed_form(rows, store, tmp_path):
+    model = estimator(store, epochs=30, logDir=str(tmp_path / "logs")).fit(rows)
+    check_told(model.summary.logDir, model.summary.history)
+    assert "MatMul" in operations(model.summary.logDir)
     history = model.summary.history
     assert history["updates"][-1] == 30 * STEPS * WORKERS
     assert history["workers"] == [WORKERS] * 30
