@@ -31,6 +31,14 @@ pytestmark = [
 KERAS = Home({"KERAS_BACKEND": "tensorflow"}, ("spark_nn.keras.training:prepare",), 30.0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_servers_of_other_files():
+    """Those of fits before, which wait for another of their kind, are not to be counted here."""
+    for each in servers():
+        each.kill()
+    wait_for(lambda: not servers(), 20, "the end of the servers that other tests have left")
+
+
 def run(spark, store, function, home=KERAS, world=2):
     with RunDir.open(f"file://{store}") as directory:
         return Gang(spark, world).run(function, directory, home=home).value
