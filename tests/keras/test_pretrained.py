@@ -123,11 +123,11 @@ def test_networks_that_cannot_score_are_refused():
         (several, {"inputs": {"n": ["a", "b"], "m": "c"}}, r"makes an input of shape \(2,\), and .* 'n' has \(3,\)"),
         (network(), {"inputCols": ["a", "b"]}, r"makes an input of shape \(2,\), and .* has \(3,\): name as many"),
         (network(), {"inputs": {"x": "a", "y": "b"}}, "has the input .*, and inputs names 'x', 'y'.*or featuresCol in"),
-        (network(), {"epochs": 3}, "a KerasModel has no param 'epochs': it has customObjects, featuresCol,"),
+        (network(), {"epochs": 3}, "a KerasModel has no param 'epochs': it has backend, customObjects, featuresCol,"),
         (
             network(),
             {"input_cols": ["a"]},
-            r"no param 'input_cols' \(did you mean 'inputCols'\?\): it has customObjects,",
+            r"no param 'input_cols' \(did you mean 'inputCols'\?\): it has backend, customObjects,",
         ),
         (network(), {"featuresCol": "a", "inputCols": ["b"]}, "are both set, but name the same thing"),
     ]
