@@ -125,8 +125,8 @@ class NativeAverager(Averager):
         The network, on its device.
     collective : Collective
         Exchange with the other ranks; all of them are a process group (see :mod:`spark_nn.torch.rendezvous`).
-    inputs : tensor or dict of tensors
-        Rows of its input, which show what parameters an output does without.
+    inputs : tensor or dict of tensors, or None
+        Rows of its input, which show what parameters an output does without; None where a step may use others.
     """
 
     def __init__(self, module: Any, collective: Collective, inputs: Any) -> None:
@@ -139,7 +139,7 @@ class NativeAverager(Averager):
                 module,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
-                find_unused_parameters=_unused(module, inputs),
+                find_unused_parameters=inputs is None or _unused(module, inputs),
             )
 
     def average(self) -> None:
@@ -176,8 +176,8 @@ def averager(
         An address of this machine that the other ranks reach.
     timeout : float
         Seconds that a rank may keep silent.
-    inputs : tensor or dict of tensors
-        Rows of the network's input.
+    inputs : tensor or dict of tensors, or None
+        Rows of the network's input (see :class:`NativeAverager`).
     """
     if collective.world == 1:
         yield Alone(module, collective)

@@ -15,7 +15,7 @@ from spark_nn.persistence import ModelFile
 from spark_nn.stage import keyword_only
 from spark_nn.store import RunDir
 from spark_nn.summary import TrainingSummary
-from spark_nn.torch import codec
+from spark_nn.torch import codec, lightning
 from spark_nn.torch.blueprint import Blueprint, is_module, skeleton_of
 from spark_nn.torch.losses import check_loss
 from spark_nn.torch.model import TorchModel
@@ -25,6 +25,10 @@ from spark_nn.torch.training import WEIGHTS, Recipe, TorchTrainer
 from spark_nn.trainer import Schedule, Trained
 
 E = TypeVar("E", bound="TorchEstimator")
+_LOSS_ONLY = (
+    *("optimizer", "optimizerParams", "learningRate", "lrScheduler", "lrSchedulerInterval"),
+    *("metrics", "weightCol", "classWeights"),
+)
 _INITIAL_FILE = f"initial{codec.SUFFIX}"
 
 
@@ -246,8 +250,6 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
     def _check(self) -> None:
         model = self._ifGiven("model")
         check_network(model, self._ifGiven("initialModel"), self.getModelParams(), "torch.nn.Module")
-        if not self.isDefined("loss"):
-            raise ParamError("loss is not set: give one, such as 'mse_loss' or 'binary_cross_entropy_with_logits'")
         if is_module(model):
             refuse_arguments(model, self.getModelParams())
             codec.check_shaped(model)
@@ -268,8 +270,22 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
                 )
             if self.getMixedPrecision() == "fp16":
                 raise ParamError("sharding='fsdp' with mixedPrecision='fp16': use 'bf16', whose loss needs no scaling")
+        if not self.isDefined("loss"):
+            before = self._blueprint()
+            given = before.function if before.skeleton is None else before.skeleton
+            lightning.check_given(given, self._lossOnly(), validates=self._validates())
+            return
         weighted = self.isDefined("weightCol") or self.isDefined("classWeights")
         check_loss(self.getLoss(), weighted=weighted, workers=self.getNumWorkers())
+
+    def _lossOnly(self) -> dict[str, Any]:
+        """The params that say how to train by a loss, as far as they are set."""
+        names = [*_LOSS_ONLY, *["sharding"][: self.getSharding() != "none"]]
+        return {name: self.getOrDefault(name) for name in names if self.isSet(name)}
+
+    def _validates(self) -> bool:
+        given = self.isDefined("validationIndicatorCol") and self.getValidationIndicatorCol()
+        return bool(given) or self.getValidationFraction() > 0
 
     def _trainer(self, schedule: Schedule, run: RunDir) -> TorchTrainer:
         given = self._ifGiven
@@ -298,6 +314,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
             stopWhen=given("stopWhen"),
             collective=self.getCollective(),  # type: ignore[arg-type]
             sharding=self.getSharding(),  # type: ignore[arg-type]
+            validates=self._validates(),
             outputs=self.outputChoice(),
         )
         return TorchTrainer(schedule, recipe)
@@ -306,13 +323,13 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
         model = self._ifGiven("model")
         if model is None:
             before: Blueprint = self.getInitialModel()._made()
-            return replace(before, loss=self.getLoss(), metrics=self._ifGiven("metrics"))
+            return replace(before, loss=self._ifGiven("loss"), metrics=self._ifGiven("metrics"))
         instance = is_module(model)
         return Blueprint(
             function=None if instance else model,
             arguments=self.getModelParams(),
             skeleton=skeleton_of(model) if instance else None,
-            loss=self.getLoss(),
+            loss=self._ifGiven("loss"),
             metrics=self._ifGiven("metrics"),
         )
 

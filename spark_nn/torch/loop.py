@@ -16,8 +16,8 @@ from spark_nn.report import Report
 from spark_nn.torch import codec
 from spark_nn.torch.averaging import Averager
 from spark_nn.torch.feed import Feed
-from spark_nn.torch.losses import Criterion
 from spark_nn.torch.metrics import Tally
+from spark_nn.torch.objective import Objective, Phase
 from spark_nn.torch.sync import Keeper, settle_buffers
 from spark_nn.torch.training import Recipe
 from spark_nn.trainer import Schedule, non_finite
@@ -41,8 +41,8 @@ class Loop:
         How to go through the rows.
     module : torch.nn.Module
         The network, on its device.
-    criterion : Criterion
-        The loss.
+    objective : Objective
+        What gives the loss.
     optimizer : torch.optim.Optimizer
         Of its parameters.
     scheduler : torch.optim.lr_scheduler.LRScheduler or None
@@ -63,7 +63,7 @@ class Loop:
     recipe: Recipe
     schedule: Schedule
     module: Any
-    criterion: Criterion
+    objective: Objective
     optimizer: Any
     scheduler: Any
     scaler: Any
@@ -98,6 +98,7 @@ class Loop:
         self.gang.collective.mark(epoch, 0)  # ranks that meet in different epochs are told so
         self.report.begin_epoch(epoch)
         self.module.train()
+        self.objective.begin("training", epoch)
         for step, (inputs, labels, weights, rows) in enumerate(feed.batches(epoch, start), start + 1):
             self._step(inputs, labels, weights, rows, Place(epoch, step))
             self.report.end_step(step, self.tally.mean_loss if self.report.wanted(step) else None)
@@ -105,22 +106,20 @@ class Loop:
                 self.keeper.look(Place(epoch, step))
         self._look(Place(epoch, feed.stream.steps))
         settle_buffers(self.gang, self.module)
-        logs = self._measured()
+        logs = self._measured("training")
         if validation is not None:
             self.report.begin_validation()
-            logs.update({f"val_{name}": value for name, value in self._validated(validation).items()})
+            logs.update(self.objective.named(self._validated(validation, epoch), logs))
         rate = self.optimizer.param_groups[0].get("lr")
         if self.scheduler is not None:
             logs["learning_rate"] = rate
             if not self._by_step:
-                self.scheduler.step(*[logs.get("val_loss", logs["loss"])] if self._plateau else [])
+                self.scheduler.step(*[self.objective.watched(logs)] if self._plateau else [])
         self.report.end_epoch(logs, None if rate is None else float(rate))
 
     def _step(self, inputs: Any, labels: Any, weights: Any, rows: int, place: Place) -> None:
-        forward = self.averager.forward
         with self._autocast:
-            put_out = forward(**inputs) if isinstance(inputs, dict) else forward(inputs)
-            loss = self.criterion(put_out, labels, weights)
+            loss, put_out = self.objective.batch(self.averager.forward, inputs, labels, weights, rows, place.step - 1)
         value = self.tally.add_loss(loss, rows)
         if value is None:
             if time.monotonic() >= self._looked + _LOOK_EVERY:
@@ -164,27 +163,31 @@ class Loop:
         rate = float(self.optimizer.param_groups[0].get("lr", math.nan))
         raise non_finite(place.epoch, place.step - 1, rate, "clipGradNorm or clipGradValue")
 
-    def _measured(self) -> dict[str, Any]:
+    def _measured(self, phase: Phase) -> dict[str, Any]:
         """Loss and metrics of the rows of all ranks."""
+        rows = self.tally.rows
         if self.gang.world > 1:
             self.tally.take(self.gang.collective.all_gather(self.tally.state()))
+        self.objective.end(phase, rows)
         values = self.tally.results()
         self.tally.reset()
         return values
 
-    def _validated(self, validation: Feed) -> dict[str, Any]:
+    def _validated(self, validation: Feed, epoch: int) -> dict[str, Any]:
         self.module.eval()
+        self.objective.begin("validation", epoch)
         more = self._more(validation)  # asked before, since a rank that waits for the answer goes no way forward
         # What is made in inference mode may not take part in a backward pass later, and parameters are made anew.
         looking = torch.no_grad() if self.averager.divided else torch.inference_mode()
         with looking, self._autocast:
-            for inputs, labels, weights, rows in validation.batches(0):
-                put_out = self.module(**inputs) if isinstance(inputs, dict) else self.module(inputs)
-                self.tally.add_loss(self.criterion(put_out, labels, weights), rows)
+            for number, (inputs, labels, weights, rows) in enumerate(validation.batches(0)):
+                loss, put_out = self.objective.batch(self.module, inputs, labels, weights, rows, number)
+                if loss is not None:
+                    self.tally.add_loss(loss, rows)
                 self.tally.add(put_out, labels)
             for _ in range(more):
                 codec.forward(self.module, codec.example(validation.specs, device=validation.device))
-        return self._measured()
+        return self._measured("validation")
 
     def _more(self, validation: Feed) -> int:
         """How many more batches another rank has, whose forward passes need this one's part of the network, too."""

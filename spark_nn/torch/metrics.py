@@ -40,6 +40,12 @@ class Tally:
             name: (each if isinstance(each, torchmetrics.Metric) else _Mean(each)).to(device)
             for name, each in made(metrics, outputs).items()
         }
+        # What a network's own code lets count, by the names of its parts, and the names under which it is shown.
+        self._followed: dict[str, Any] = {}
+        self._follows = False
+        self.shown: dict[str, str] = {}
+        # The sum over rows of what is a number for each of them, and how many they are.
+        self.logged: dict[str, list[Any]] = {}
         # A number of this process's where it can be read at once, and a tensor where reading waits for the device.
         self._near = device.type == "cpu"
         self._sum: Any = 0.0 if self._near else torch.zeros((), dtype=torch.float64, device=device)
@@ -65,6 +71,35 @@ class Tally:
             for metric in self._metrics.values():
                 metric.update(preds, labels)
 
+    def follow(self, module: Any) -> None:
+        """Keep an eye on the metrics that are parts of a network, and that its own code lets count."""
+        self._follows = True
+        for name, each in module.named_modules():
+            inner = any(name.startswith(f"{outer}.") for outer in self._followed)
+            if isinstance(each, torchmetrics.Metric) and not inner:
+                self._followed[name] = each
+                for part in _parts(each):
+                    part.sync_on_compute = False  # what all ranks have counted is brought together here
+
+    def show(self, name: str, metric: Any) -> bool:
+        """Tell the value of a metric that is followed under a name; whether it is one."""
+        found = next((path for path, each in self._followed.items() if each is metric), None)
+        if found is not None:
+            self.shown[name] = found
+        return found is not None
+
+    def log(self, name: str, value: Any, rows: int) -> None:
+        """Count a number that is the mean over rows."""
+        if isinstance(value, torch.Tensor):
+            value = value.item() if self._near else value.detach().double().reshape(())
+        total, counted = self.logged.get(name, (0.0, 0))
+        self.logged[name] = [total + value * rows, counted + rows]
+
+    @property
+    def rows(self) -> int:
+        """How many rows a loss was counted of."""
+        return self._rows
+
     @property
     def finite(self) -> bool:
         """Whether the loss of all rows so far is a finite number."""
@@ -78,16 +113,22 @@ class Tally:
     def reset(self) -> None:
         """Forget what was counted."""
         self._sum, self._rows = self._zero, 0
-        for metric in self._metrics.values():
+        self.logged, self.shown = {}, {}
+        for metric in self._all():
             metric.reset()
+
+    def _all(self) -> list[Any]:
+        return [*self._metrics.values(), *self._followed.values()]
 
     def state(self) -> bytes:
         """What was counted, to be sent."""
         parts = [
             [{"states": _states(part), "updates": part._update_count} for part in _parts(metric)]
-            for metric in self._metrics.values()
+            for metric in self._all()
         ]
-        described, tensors = pack({"loss": [float(self._sum), self._rows], "metrics": parts})
+        logged = {name: [float(total), rows] for name, (total, rows) in self.logged.items()}
+        counted = {"loss": [float(self._sum), self._rows], "metrics": parts, "logged": logged, "shown": self.shown}
+        described, tensors = pack(counted)
         header = [described, [[str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for tensor in tensors]]
         raw = b"".join(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors)
         return json.dumps(header).encode() + b"\n" + raw
@@ -101,19 +142,27 @@ class Tally:
             They have counted other things.
         """
         found = [_unpacked(each) for each in states]
-        if any(len(each["metrics"]) != len(self._metrics) for each in found):
+        if any(len(each["metrics"]) != len(self._all()) for each in found):
             raise ModelFileError("other metrics were counted elsewhere: every executor needs the same packages")
         total = np.sum([each["loss"] for each in found], axis=0)
         self._rows = int(total[1])
         self._sum = self._zero + float(total[0])
-        for place, metric in enumerate(self._metrics.values()):
+        self.logged, self.shown = {}, {}
+        for each in found:
+            self.shown.update(each["shown"])
+            for name, (part, rows) in each["logged"].items():
+                before, counted = self.logged.get(name, (0.0, 0))
+                self.logged[name] = [before + part, counted + rows]
+        for place, metric in enumerate(self._all()):
             for number, part in enumerate(_parts(metric)):
                 _combine(part, [each["metrics"][place][number] for each in found])
 
     def results(self) -> dict[str, Any]:
         """The values of loss and metrics over all that was counted, by name."""
-        values: dict[str, Any] = {"loss": self.mean_loss}
-        for name, metric in self._metrics.items():
+        values: dict[str, Any] = {} if self._follows and not self._rows else {"loss": self.mean_loss}
+        values.update({name: float(total) / rows for name, (total, rows) in self.logged.items()})
+        shown = {name: self._followed[path] for name, path in self.shown.items()}
+        for name, metric in {**self._metrics, **shown}.items():
             found = metric.compute()
             for key, value in (found if isinstance(found, dict) else {"": found}).items():
                 array = torch.as_tensor(value).double().cpu().numpy()

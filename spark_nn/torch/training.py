@@ -9,7 +9,7 @@ import functools
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, ClassVar, Literal
@@ -26,9 +26,10 @@ from spark_nn.gang.context import GangContext
 from spark_nn.labels import check_values
 from spark_nn.outputs import Choice, Output, check_labels
 from spark_nn.report import Report
-from spark_nn.torch import codec, losses
+from spark_nn.torch import codec, lightning, losses
 from spark_nn.torch.blueprint import Blueprint, Specs
 from spark_nn.torch.draw import draw
+from spark_nn.torch.objective import Objective
 from spark_nn.trainer import Schedule, Trained, Trainer, check_digests, misfit, publish
 
 # Where the driver leaves the weights to begin with.
@@ -47,7 +48,8 @@ class Recipe:
     weights : {"model", "initialModel"} or None
         The param whose weights the driver left in the run directory, if any.
     optimizer : str or callable
-        Name or class of an optimizer of PyTorch's, or a function of the parameters.
+        Name or class of an optimizer of PyTorch's, or a function of the parameters; not looked at where the blueprint
+        has no loss, and neither are the next four.
     optimizerParams : dict
         Its arguments.
     learningRate : float or None
@@ -66,6 +68,8 @@ class Recipe:
         How gradients are averaged.
     sharding : {"none", "fsdp"}
         Whether each rank holds a part of the network only.
+    validates : bool
+        Whether there are validation rows.
     outputs : Choice
         What the user says of the outputs.
     """
@@ -83,6 +87,7 @@ class Recipe:
     stopWhen: Callable[[dict[str, list[Any]]], Any] | None
     collective: Literal["auto", "ring", "native"] = "auto"
     sharding: Literal["none", "fsdp"] = "none"
+    validates: bool = False
     outputs: Choice = field(default_factory=Choice)
 
 
@@ -120,6 +125,7 @@ class TorchTrainer(Trainer):
         from spark_nn.torch.feed import Feed
         from spark_nn.torch.loop import Loop
         from spark_nn.torch.metrics import Tally
+        from spark_nn.torch.steps import Steps
 
         clock.append(time.monotonic())
         gang.progress.update(phase="build")
@@ -132,16 +138,25 @@ class TorchTrainer(Trainer):
         _check_precision(recipe.mixedPrecision, device.type)
         feed = Feed(data, device, self.schedule.classWeights)
         module, put_out, opened = self._opened(gang, feed.specs, manifest.role("features"), device)
-        check_labels(put_out, [tensor.key for tensor in manifest.role("label")])
+        stepped = recipe.blueprint.loss is None
+        if not stepped:
+            check_labels(put_out, [tensor.key for tensor in manifest.role("label")])
         outputs = losses.describe(put_out, recipe.blueprint.loss)
         check_values(losses.takes(put_out, recipe.blueprint.loss), manifest)
         described = recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
-        criterion = losses.Criterion(recipe.blueprint.loss)
-        criterion.to(device)
         tally = Tally(recipe.blueprint.metrics, described, device)
         with opened as averager:
-            optimizer = _optimizer(recipe, module)
-            scheduler = _scheduler(recipe, optimizer)
+            if stepped:
+                own = Steps(gang, module, tally, self.schedule.epochs, data.steps)
+                optimizer, scheduler, interval = own.configured()
+                objective: Objective = own
+                recipe = replace(recipe, lrSchedulerInterval=interval)
+            else:
+                criterion = losses.Criterion(recipe.blueprint.loss)
+                criterion.to(device)
+                objective = Objective(criterion)
+                optimizer = _optimizer(recipe, module)
+                scheduler = _scheduler(recipe, optimizer)
             scaler = torch.amp.GradScaler(device.type) if recipe.mixedPrecision == "fp16" else None
             parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
             states = {name: each for name, each in parts.items() if each is not None}
@@ -159,7 +174,7 @@ class TorchTrainer(Trainer):
                 recipe=recipe,
                 schedule=self.schedule,
                 module=module,
-                criterion=criterion,
+                objective=objective,
                 optimizer=optimizer,
                 scheduler=scheduler,
                 scaler=scaler,
@@ -196,13 +211,15 @@ class TorchTrainer(Trainer):
         module, put_out = self._build(gang, specs, inputs)
         module.to(device)
         sync.start_alike(gang, module, seed)
-        rows = codec.example(specs, device=device)
+        rows = None if recipe.blueprint.loss is None else codec.example(specs, device=device)
         averager = averaging.averager(recipe.collective, module, gang.collective, gang.host, gang.timeout, rows)
         return module, put_out, averager
 
     def _build(self, gang: GangContext, specs: Specs, inputs: tuple[Tensor, ...]) -> tuple[Any, Any]:
         """The network with its first weights, and what it puts out for one row of its input."""
         module = self.recipe.blueprint.build()
+        if self.recipe.blueprint.loss is None:
+            lightning.check(module, validates=self.recipe.validates)
         try:
             codec.settle(module, specs)
             if self.recipe.weights is not None:

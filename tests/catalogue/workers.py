@@ -107,7 +107,7 @@ def first_values():
 
 def other_metrics():
     with patch("spark_nn.torch.metrics._unpacked", return_value={"metrics": [1]}):
-        Tally.take(SimpleNamespace(_metrics={}), [b""])
+        Tally.take(SimpleNamespace(_all=list), [b""])
 
 
 def no_keras():
