@@ -44,7 +44,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
     ----------
     model : torch.nn.Module or callable
         The network; or a function or class that returns it, called on each worker. A function needs no PyTorch on the
-        driver. Several `inputs` come as keyword arguments of ``forward``, which returns a tensor, or, for several
+        driver. A LightningModule can say itself how it is trained (see Notes). Several `inputs` come as keyword arguments of ``forward``, which returns a tensor, or, for several
         `labels`, a dict of tensors by the outputs' names.
     modelParams : dict, optional
         Keyword arguments of that function; numbers, strings, lists and dicts only.
@@ -54,7 +54,8 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
     loss : str, torch.nn.Module, callable, or dict of them by the outputs' names
         A name of ``torch.nn.functional``, such as ``"mse_loss"``, ``"cross_entropy"`` or
         ``"binary_cross_entropy_with_logits"``; a module; or a function ``(output, target)`` that returns the mean over
-        the rows. Losses of several outputs are added up.
+        the rows. Losses of several outputs are added up. None only for a LightningModule, which then is trained by its
+        own steps.
     optimizer : str, class or callable, default ``"adam"``
         A name or class of ``torch.optim``, or a function of the parameters that returns an optimizer.
     learningRate : float, optional
@@ -108,6 +109,12 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
     DistributedDataParallel would keep the first worker's.
 
     Row weights multiply each row's loss, whose sum is divided by the number of rows.
+
+    Without `loss` a LightningModule is trained by its ``training_step``, ``validation_step`` and
+    ``configure_optimizers``: a batch is ``(inputs, labels)``, and what it logs is in the history, as the mean over the
+    rows of all workers. `optimizer`, `learningRate`, `lrScheduler`, `metrics`, `weightCol`, `classWeights` and
+    ``sharding="fsdp"`` do not go with that, and hooks that are not called are refused by name. No loss says what
+    ``forward`` puts out, so that ``outputKind="auto"`` is ``"raw"``.
 
     With ``sharding="fsdp"`` training is the same but for rounding, by PyTorch's ``fully_shard``, over NCCL between GPUs
     and over Gloo between CPUs. Layers of a million elements and more are brought together one at a time, while they

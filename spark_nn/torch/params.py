@@ -92,7 +92,8 @@ class TorchParams(TorchColumns, NetworkParams):
         "loss",
         "The loss: the name of a function of torch.nn.functional, such as 'cross_entropy'; a module; or a function of "
         "output and target that returns the mean over the rows. It decides the output columns. For several outputs a "
-        "dict of losses by their names, which are added up, or a function of the dicts of outputs and targets.",
+        "dict of losses by their names, which are added up, or a function of the dicts of outputs and targets. "
+        "Without one a LightningModule is trained by its own steps.",
         _loss,
     )
     metrics: Param[Any] = param(

@@ -46,7 +46,7 @@ from spark_nn.ranks.context import RankContext
 from spark_nn.scoring import sql
 from spark_nn.scoring.scorer import Scorer
 from spark_nn.store import RunDir, store_url
-from spark_nn.torch import codec, losses, metrics, pretrained, sharding, training, trees
+from spark_nn.torch import codec, losses, metrics, pretrained, sharding, steps, training, trees
 from spark_nn.torch import model as torch_model
 from spark_nn.tracking import events
 
@@ -81,6 +81,30 @@ def numbers(shape=(2,)):
 class Keeping(torch.nn.Linear):
     def get_extra_state(self):
         return {}
+
+
+class Stepping(torch.nn.Linear):
+    """What a LightningModule needs, and no more."""
+
+    def __init__(self, **attributes):
+        super().__init__(1, 1)
+        vars(self).update(attributes)
+
+    def training_step(self, batch):
+        """Returns nothing."""
+
+    def configure_optimizers(self):
+        """Returns nothing."""
+
+
+def stepping():
+    module, tally = Stepping(), metrics.Tally(None, {}, torch.device("cpu"))
+    return steps.Steps(SimpleNamespace(world=1, rank=0), module, tally, 1, 1)
+
+
+def returned_nothing():
+    found = stepping()
+    found.batch(found.module, torch.ones(1, 1), torch.ones(1), None, 1, 0)
 
 
 @contextmanager
@@ -311,7 +335,16 @@ DRIVER = {
     "the model has one output": lambda: outputs.check_labels(ONE, ["x", "y"]),
     "of … rows the model has put out": too_many_rows,
     # The model.
-    "loss is not set: give": lambda: TorchEstimator(model=named)._check(),
+    "loss is not set: give": lambda: TorchEstimator(model=torch.nn.Linear(1, 1))._check(),
+    "…=… without a loss": lambda: TorchEstimator(model=Stepping, metrics=["auroc"])._check(),
+    "… sets automatic_optimization": lambda: TorchEstimator(model=Stepping(automatic_optimization=False))._check(),
+    "… defines …,": lambda: TorchEstimator(model=type("Hooked", (Stepping,), {"setup": named}))._check(),
+    "… has no validation_step": lambda: TorchEstimator(model=Stepping, validationFraction=0.1)._check(),
+    "….configure_optimizers returned": lambda: stepping().configured(),
+    "….training_step returned": returned_nothing,
+    "the scheduler's monitor": lambda: stepping().watched({"loss": 1.0}),
+    "self.log(…, reduce_fx": lambda: stepping().log("x", 1.0, reduce_fx="max"),
+    "self.log(…, ...)": lambda: stepping().log("x", "y"),
     "loss=…: torch.nn.functional": lambda: losses.check_loss("no_such", weighted=False, workers=1),
     "loss … has reduction": lambda: losses.check_loss(torch.nn.MSELoss(reduction="sum"), weighted=False, workers=2),
     "weightCol and classWeights weight the loss of each row, and loss …": lambda: losses.check_loss(

@@ -288,7 +288,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(spark, store):
         with pytest.raises((ParamError, ColumnError), match=message):
             estimator(store, **settings).fit(df)
     with pytest.raises(ParamError, match="loss is not set"):
-        TorchEstimator(model=models.mlp).fit(df)
+        TorchEstimator(model=torch.nn.Linear, modelParams={"in_features": 3, "out_features": 1}).fit(df)
     for settings in ({"loss": torch.nn.MSELoss}, {"optimizer": 3}, {"metrics": "auroc"}, {"lrScheduler": "cosine"}):
         with pytest.raises(TypeError, match=next(iter(settings))):
             TorchEstimator(**settings)
