@@ -44,7 +44,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
     ----------
     model : torch.nn.Module or callable
         The network; or a function or class that returns it, called on each worker. A function needs no PyTorch on the
-        driver. A LightningModule can say itself how it is trained (see Notes). Several `inputs` come as keyword arguments of ``forward``, which returns a tensor, or, for several
+        driver. Several `inputs` come as keyword arguments of ``forward``, which returns a tensor, or, for several
         `labels`, a dict of tensors by the outputs' names.
     modelParams : dict, optional
         Keyword arguments of that function; numbers, strings, lists and dicts only.
@@ -278,9 +278,10 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
             if self.getMixedPrecision() == "fp16":
                 raise ParamError("sharding='fsdp' with mixedPrecision='fp16': use 'bf16', whose loss needs no scaling")
         if not self.isDefined("loss"):
-            before = self._blueprint()
-            given = before.function if before.skeleton is None else before.skeleton
-            lightning.check_given(given, self._lossOnly(), validates=self._validates())
+            if model is None:
+                before = self.getInitialModel()._made()
+                model = before.function if before.skeleton is None else before.skeleton
+            lightning.check_given(model, self._lossOnly(), validates=self._validates())
             return
         weighted = self.isDefined("weightCol") or self.isDefined("classWeights")
         check_loss(self.getLoss(), weighted=weighted, workers=self.getNumWorkers())

@@ -153,8 +153,9 @@ class TorchModel(TorchColumns, NeuralModel):
     def _measurer(self) -> MeasureLoader:
         if self._made().loss is None:
             raise ModelFileError(
-                "the model's loss is not known: steps of a LightningModule name none, and functions and modules are not "
-                "saved. Give it, as TorchModel.load(path, model=..., loss=...) or TorchModel.fromTorch(..., loss=...)"
+                "the model's loss is not known: steps of a LightningModule name none, and functions and modules are "
+                "not saved. Give it, as TorchModel.load(path, model=..., loss=...) or "
+                "TorchModel.fromTorch(..., loss=...)"
             )
         check_measurable(self._made().loss)
         return measure.MeasureLoader(self._made().pickled, json.dumps(self._described()))
