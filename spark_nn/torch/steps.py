@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -147,7 +148,6 @@ class Steps(Objective):
         """What `training_step` returns, called by what averages the gradients, where that has to see the pass."""
         if forward is self.module:
             return _called(self.module.training_step, batch, number)
-
         own = self.module.forward
 
         def once(*_: Any) -> Any:
@@ -238,7 +238,7 @@ class Steps(Objective):
             raise ParamError(f"self.log({name!r}, reduce_fx={reduce_fx!r}): the history has means over rows only")
         if self.tally.show(name, value):
             return
-        if not isinstance(value, (int, float, torch.Tensor)) or torch.as_tensor(value).numel() != 1:
+        if not isinstance(value, (Real, torch.Tensor)) or torch.as_tensor(value).numel() != 1:
             raise ParamError(
                 f"self.log({name!r}, ...) was given a {type(value).__name__}: it must be a number, a tensor of one "
                 "element, or a torchmetrics.Metric that is an attribute of the module"
