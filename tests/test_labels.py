@@ -86,10 +86,25 @@ ONE = "column 'y' has "
     [
         (of_keras("binary_crossentropy", (1,)), [0, 5], (), "values from 0 to 5, .* takes numbers from 0 to 1: recode"),
         (of_keras("bce", (1,)), [-1, 1], (), "values from -1 to 1, and the loss binary_crossentropy takes"),
-        (of_keras(SPARSE(), (3,)), [0, 3], (), "values from 0 to 3, .* SparseCategoricalCrossentropy .* class, 0 to 2, as"),
+        (
+            of_keras(SPARSE(), (3,)),
+            [0, 3],
+            (),
+            "values from 0 to 3, .* SparseCat.* of a class, 0 to 2, as",
+        ),
         (of_keras(SPARSE(ignore_class=-1), (3,)), [-2, 2], (), "values from -2 to 2"),
-        (of_keras("sparse_categorical_crossentropy", (3,)), [0, 1.5], (), "values from 0 to 1.5, not all of them whole"),
-        (of_keras("sparse_categorical_crossentropy", (1,)), [0, 1], (), "values .* class, 0 to 0, as the .* has the shape .1,."),
+        (
+            of_keras("sparse_categorical_crossentropy", (3,)),
+            [0, 1.5],
+            (),
+            "values from 0 to 1.5, not all",
+        ),
+        (
+            of_keras("sparse_categorical_crossentropy", (1,)),
+            [0, 1],
+            (),
+            "values .* class, 0 to 0, as",
+        ),
         (of_keras("categorical_crossentropy", (3,)), [0, 2], (), r"one number for each row, .* 3 numbers .* \(3,\)"),
         (of_keras("mse", (1,)), [0, 9], (3,), "3 numbers for each row, .* mean_squared_error compares one number"),
         (of_keras("poisson", (1,)), [-1, 3], (), "values from -1 to 3, .* takes no negative ones"),
