@@ -37,7 +37,7 @@ class Tally:
     def __init__(self, metrics: Any, outputs: Outputs, device: Any) -> None:
         self._outputs = outputs
         self._metrics = {
-            name: (each if isinstance(each, torchmetrics.Metric) else _Mean(each)).to(device)
+            name: _apart(each if isinstance(each, torchmetrics.Metric) else _Mean(each)).to(device)
             for name, each in made(metrics, outputs).items()
         }
         # What a network's own code lets count, by the names of its parts, and the names under which it is shown.
@@ -77,9 +77,7 @@ class Tally:
         for name, each in module.named_modules():
             inner = any(name.startswith(f"{outer}.") for outer in self._followed)
             if isinstance(each, torchmetrics.Metric) and not inner:
-                self._followed[name] = each
-                for part in _parts(each):
-                    part.sync_on_compute = False  # what all ranks have counted is brought together here
+                self._followed[name] = _apart(each)
 
     def show(self, name: str, metric: Any) -> bool:
         """Tell the value of a metric that is followed under a name; whether it is one."""
@@ -280,6 +278,13 @@ def _readable(put_out: Any, targets: Any, outputs: Outputs) -> tuple[Any, Any]:
 def _parts(metric: Any) -> list[Any]:
     """A metric, and those that it is made of."""
     return [each for each in metric.modules() if isinstance(each, torchmetrics.Metric)]
+
+
+def _apart(metric: Any) -> Any:
+    """A metric that leaves a process group alone: what all ranks have counted is brought together here, and once."""
+    for part in _parts(metric):
+        part.distributed_available_fn = lambda: False
+    return metric
 
 
 def _states(metric: Any) -> dict[str, Any]:
