@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from pyspark.sql import functions as F
 from torch.nn import functional
 
@@ -249,6 +250,10 @@ def test_what_is_logged_counts_by_rows_and_ranks():
     tally.take([tally.state(), states[0]])
     assert tally.results() == {"mean": (1 + 7 + 16 + 7) / 7, "right": 0.75}
     assert json.loads(states[0].partition(b"\n")[0])
+    twice = torchmetrics.SumMetric(distributed_available_fn=lambda: True, dist_sync_fn=lambda value, group: [value] * 2)
+    apart = Tally({"sum": twice}, {}, torch.device("cpu"))
+    apart._metrics["sum"].update(3.0)
+    assert apart.results()["sum"] == 3.0
     for arguments, message in (
         ({"value": 1.0, "reduce_fx": "max"}, r"self.log\('x', reduce_fx='max'\): the history has means over rows only"),
         ({"value": torch.ones(2)}, r"self.log\('x', ...\) was given a Tensor: it must be a number"),
