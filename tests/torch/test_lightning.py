@@ -20,6 +20,7 @@ from tests.torch import models
 pytest.importorskip("pytorch_lightning")
 
 from spark_nn.torch.metrics import Tally
+from spark_nn.torch.objective import Objective
 from spark_nn.torch.steps import Steps
 from tests.torch import lit
 
@@ -266,3 +267,4 @@ def test_what_is_logged_counts_by_rows_and_ranks():
     with pytest.raises(ParamError, match="monitor 'val_x' was not logged in this epoch, but loss: name one of them"):
         found.watched({"loss": 1.0})
     assert not hasattr(found.trainer, "callback_metrics")
+    assert [Objective(None).watched(logs) for logs in ({"loss": 1.0, "val_loss": 3.0}, {"loss": 1.0})] == [3.0, 1.0]
