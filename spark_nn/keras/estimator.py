@@ -366,7 +366,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
             check_names(doubtful, self.getBackend())
 
     def _isKnown(self, name: str, value: str) -> bool:
-        """Whether a name is Keras's or the user's own; what is in doubt Keras is asked for, which takes seconds."""
+        """Whether a name is surely one of Keras's, or of the user's own."""
         return is_known(name, value) or value in self._known([value])
 
     def _strings(self, name: str, value: Any) -> Iterator[str]:

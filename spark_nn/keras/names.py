@@ -111,7 +111,7 @@ def _refusal(names: tuple[tuple[str, str], ...], backend: str) -> str:
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
         "CUDA_VISIBLE_DEVICES": "",  # an optimizer is made to see whether it can be, and needs no card for that
     }
-    command = [sys.executable, "-c", f"from {__name__} import answer; answer()"]
+    command = [sys.executable, "-P", "-c", f"from {__name__} import answer; answer()"]
     try:
         done = subprocess.run(
             command,
