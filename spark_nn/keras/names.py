@@ -55,7 +55,7 @@ def check_name(param: str, value: Any) -> None:
     kind = _KINDS[param]
     try:
         module.get(value)
-    except TypeError:
+    except (KeyError, TypeError):
         raise ParamError(
             f"{param}={value!r}: the {kind} of this name needs arguments; give an instance of it"
         ) from None

@@ -57,7 +57,7 @@ def taken(module, name):
 
     try:
         return type(module.get(name)) not in (keras.losses.Loss, keras.metrics.Metric)
-    except (TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         return False
 
 
