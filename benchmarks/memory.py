@@ -10,40 +10,20 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
-from peers import session
+import peers
+from peers import note_peak, peaks, session
 
 WIDTH = 4096
 
 
 def network(layers: int, folder: str) -> Any:
     """So many layers of 17 million parameters; notes the memory of its process from now on."""
-    import os
-    import threading
-    import time
-    from pathlib import Path
-
     from torch import nn
 
-    def highest() -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-    noted = Path(folder) / f"{os.getpid()}"
-
-    def note(before: int) -> None:
-        while True:
-            noted.with_suffix(".new").write_text(f"{(highest() - before) / 2**20:.0f}")
-            noted.with_suffix(".new").replace(noted)  # so that nobody reads half of it
-            time.sleep(0.05)
-
-    if not noted.exists():
-        threading.Thread(target=note, args=(highest(),), daemon=True).start()
-        while not noted.exists():
-            time.sleep(0.01)
+    note_peak(folder)
     inner = [layer for _ in range(layers) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
     return nn.Sequential(nn.Linear(2, WIDTH), *inner, nn.Linear(WIDTH, 1))
 
@@ -55,7 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12, help="layers of 17 million parameters (default: 12)")
     arguments = parser.parse_args()
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # executors do not find this file
+    for module in (peers, sys.modules[__name__]):
+        cloudpickle.register_pickle_by_value(module)  # executors do not find these files
     spark = session()
     rows = spark.range(32).selectExpr("rand(1) AS a", "rand(2) AS b", "rand(3) AS label")
     parameters = arguments.layers * WIDTH * (WIDTH + 1) + 4 * WIDTH + 1
@@ -71,9 +52,9 @@ def main() -> None:
                 sharding=sharding, checkpointInterval=interval,
             )  # fmt: skip
             seconds = estimator.fit(rows).summary.epochSeconds[0] / 2
-            peaks = sorted(int(each.read_text()) for each in Path(folder).iterdir() if not each.suffix)[-2:]
-        whole = whole or max(peaks)
-        print(f"{name:32}{'{} and {}'.format(*peaks):>20}{max(peaks) / whole:15.2f}{seconds:16.1f}", flush=True)
+            most = peaks(folder)[:2]
+        whole = whole or most[0]
+        print(f"{name:32}{'{} and {}'.format(*most):>20}{most[0] / whole:15.2f}{seconds:16.1f}", flush=True)
     spark.stop()
 
 

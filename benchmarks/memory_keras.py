@@ -9,36 +9,20 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import cloudpickle
-from peers import session
+import peers
+from peers import note_peak, peaks, session
 
 WIDTH = 4096
 
 
 def network(layers: int, folder: str) -> Any:
     """So many layers of 17 million parameters; notes the memory of its process from now on."""
-    import os
-    import threading
-    import time
-    from pathlib import Path
-
     import keras
 
-    def highest() -> int:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-    before, noted = highest(), Path(folder) / f"{os.getpid()}"
-
-    def note() -> None:
-        while True:
-            noted.write_text(f"{(highest() - before) / 2**20:.0f}")
-            time.sleep(0.05)
-
-    threading.Thread(target=note, daemon=True).start()
+    note_peak(folder)
     inner = [keras.layers.Dense(WIDTH, "relu", name=f"inner_{place}") for place in range(layers)]
     first, last = keras.layers.Dense(WIDTH, name="first"), keras.layers.Dense(1, name="last")
     return keras.Sequential([keras.Input((2,)), first, *inner, last])
@@ -51,7 +35,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=6, help="layers of 17 million parameters (default: 6)")
     arguments = parser.parse_args()
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # executors do not find this file
+    for module in (peers, sys.modules[__name__]):
+        cloudpickle.register_pickle_by_value(module)  # executors do not find these files
     spark = session()
     rows = spark.range(256).selectExpr("rand(1) AS a", "rand(2) AS b", "rand(3) AS label")
     parameters = arguments.layers * WIDTH * (WIDTH + 1) + 4 * WIDTH + 1
@@ -74,7 +59,7 @@ def main() -> None:
                 verbose=0,
                 **settings,
             ).fit(rows)
-            most = sorted((int(path.read_text()) for path in Path(folder).glob("[0-9]*")), reverse=True)
+            most = peaks(folder)
         print(f"{title:<24}{', '.join(f'{each:,} MB' for each in most)}")
 
 

@@ -8,8 +8,11 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +38,31 @@ def session() -> SparkSession:
     spark = builder.config("spark.ui.showConsoleProgress", False).getOrCreate()
     spark.sparkContext.setLogLevel("ERROR")
     return spark
+
+
+def note_peak(folder: str) -> None:
+    """Note in a folder, from now on, how much more memory this process has held than it holds now (VmHWM), in MB."""
+    noted = Path(folder) / f"peak-{os.getpid()}"
+
+    def highest() -> int:
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+    def note(before: int) -> None:
+        while True:
+            noted.with_suffix(".new").write_text(f"{(highest() - before) / 2**20:.0f}")
+            noted.with_suffix(".new").replace(noted)  # so that nobody reads half of it
+            time.sleep(0.05)
+
+    if not noted.exists():  # once for a process
+        threading.Thread(target=note, args=(highest(),), daemon=True).start()
+        while not noted.exists():
+            time.sleep(0.01)
+
+
+def peaks(folder: str) -> list[int]:
+    """What processes have noted there, the largest first."""
+    noted = [each for each in Path(folder).glob("peak-*") if not each.suffix]
+    return sorted((int(each.read_text()) for each in noted), reverse=True)
 
 
 def made(spark: SparkSession, rows: int, path: str) -> str:

@@ -5,11 +5,12 @@ It is the last file written. A directory without it holds no dataset.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from spark_nn.columns import Tensor, row_bytes
+from spark_nn.dataset.extent import Extent
 from spark_nn.dataset.fingerprint import Fingerprint
 from spark_nn.errors import StoreError
 from spark_nn.store import RunDir
@@ -59,6 +60,8 @@ class Manifest:
         Bytes of the strings in an average row, as Arrow holds them.
     skipped : int
         Rows that were left out because they cannot be used.
+    labels : mapping of str to Extent
+        Between which numbers each label lies, by the tensors' names.
     """
 
     tensors: tuple[Tensor, ...]
@@ -68,6 +71,7 @@ class Manifest:
     content: Fingerprint
     string_bytes: float = 0.0
     skipped: int = 0
+    labels: Mapping[str, Extent] = field(default_factory=dict)
 
     @classmethod
     def of(cls, run: RunDir) -> Manifest:
@@ -123,6 +127,7 @@ class Manifest:
             "content": asdict(self.content),
             "string_bytes": self.string_bytes,
             "skipped": self.skipped,
+            "labels": {name: extent.toDict() for name, extent in self.labels.items()},
         }
 
     @classmethod
@@ -136,4 +141,5 @@ class Manifest:
             content=Fingerprint(**value["content"]),
             string_bytes=value["string_bytes"],
             skipped=value["skipped"],
+            labels={name: Extent.fromDict(extent) for name, extent in value["labels"].items()},
         )

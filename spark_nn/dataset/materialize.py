@@ -6,6 +6,7 @@ sees a row.
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pyspark.sql import functions as F
 
 from spark_nn.columns import Tensor, expression, one_shape, refuse_rows
+from spark_nn.dataset.extent import Extent, together
 from spark_nn.dataset.fingerprint import Fingerprint
 from spark_nn.dataset.manifest import MANIFEST, Group, Manifest, Split
 from spark_nn.dataset.writer import PartitionWriter, group_rows, stored
@@ -99,6 +101,7 @@ def materialize(dataset: DataFrame, spec: Spec, run: RunDir) -> Manifest:
         content=content,
         string_bytes=sum(task["strings"] for task in reports) / max(1, content.rows - skipped),
         skipped=skipped,
+        labels=_labels(reports),
     )
     run.writeJson(MANIFEST, manifest.toDict())
     return manifest
@@ -141,6 +144,11 @@ def _pass(dataset: DataFrame, spec: Spec, run: RunDir | None) -> list[dict[str, 
 
 def _content(reports: list[dict[str, Any]]) -> Fingerprint:
     return sum((Fingerprint(**task["content"]) for task in reports), Fingerprint())
+
+
+def _labels(reports: list[dict[str, Any]]) -> dict[str, Extent]:
+    parts = ({name: Extent.fromDict(extent) for name, extent in task["labels"].items()} for task in reports)
+    return functools.reduce(together, parts, {})
 
 
 def _spread(dataset: DataFrame) -> int | None:

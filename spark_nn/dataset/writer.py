@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pyspark import TaskContext
 
 from spark_nn.columns import Problem, Tensor, decode_usable, row_bytes, told
+from spark_nn.dataset.extent import Extent, label_extents, together
 from spark_nn.dataset.fingerprint import Fingerprint, hash_rows, mix
 from spark_nn.store import RunDir
 
@@ -92,6 +93,7 @@ class PartitionWriter:
         problems: Counter[Problem] = Counter()
         draw = np.random.default_rng((self.seed, partition))
         files: dict[str, _File] = {}
+        labels: dict[str, Extent] = {}
         content, skipped, group, strings = Fingerprint(), 0, 0, 0
         try:
             for batch in batches:
@@ -109,6 +111,7 @@ class PartitionWriter:
                     continue
                 here = _string_bytes(batch, tensors)
                 strings += here
+                labels = together(labels, label_extents(block))
                 group = group or group_rows(stored(tensors), here / batch.num_rows)
                 held_back = block.pop("validation", None)
                 if held_back is None and self.fraction > 0:
@@ -131,6 +134,7 @@ class PartitionWriter:
             "problems": told(problems),
             "skipped": skipped,
             "strings": strings,
+            "labels": {name: extent.toDict() for name, extent in labels.items()},
             "content": asdict(content),
         }
 

@@ -100,6 +100,16 @@ def lost_ranks(run: RunDir) -> set[int]:
     return {int(name.removeprefix("rank-").removesuffix(".json")) for name in run.names(LOST) if name.endswith(".json")}
 
 
+def all_failed(run: RunDir, world: int, patience: float) -> bool:
+    """Worker side: whether every rank has left a failure, waiting for them for at most so many seconds."""
+    deadline = time.monotonic() + patience
+    while len([name for name in run.names(FOLDER) if name.endswith(".json")]) < world:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def first_failure(run: RunDir, world: int, patience: float) -> Failure | None:
     """The failure that the others follow from.
 

@@ -32,7 +32,7 @@ from pyspark import BarrierTaskContext, SparkFiles, TaskContext
 
 from spark_nn.errors import ClusterError, PeerLost, StoreError
 from spark_nn.gang.context import CARDS, attempt_folder
-from spark_nn.gang.failure import LOST, Failure
+from spark_nn.gang.failure import LOST, Failure, all_failed
 from spark_nn.gang.forkserver import ForkServer, scratch_folder
 from spark_nn.gang.logs import pumped
 from spark_nn.gang.process import Silence, started
@@ -43,6 +43,8 @@ from spark_nn.store import RunDir
 _PACKAGES = ("spark-nn", "numpy", "pyarrow", "petastorm", "keras", "tensorflow", "tensorflow-cpu", "torch", "jax")
 # How much of a child's output goes into an error.
 _LOG_TAIL = 4_000
+# Seconds that a rank which has failed waits for the others, who mostly notice at once and fail, too.
+_IN_COMMON = 2.0
 # A survivor waits this long with its complaint, so that Spark hears of the cause first.
 _SURVIVOR_DELAY = 1.0
 
@@ -98,7 +100,7 @@ class GangTask:
     told: bool = False
 
     def __call__(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        """Run one rank; yield its number when it has finished."""
+        """Run one rank; yield its number when it has finished, and nothing where all have failed and left why."""
         for _ in batches:
             pass
         context = BarrierTaskContext.get()
@@ -118,16 +120,24 @@ class GangTask:
             for work in self.works:
                 # Others may knock for the next work while this rank is still at the last, so the port stays open.
                 door = listener if work is self.works[-1] else listener.dup()
-                self.guard(work, context, seat, door)
+                if not self.guard(work, context, seat, door):
+                    return
         yield pa.RecordBatch.from_pydict({"rank": [rank]})
 
-    def guard(self, work: Work, context: TaskContext, seat: Seat, listener: socket.socket) -> None:
+    def guard(self, work: Work, context: TaskContext, seat: Seat, listener: socket.socket) -> bool:
         """Have a child do some work and wait for it; see to it that it leaves a failure where it fails.
+
+        Returns
+        -------
+        bool
+            Whether it succeeded. False only where those of all other ranks have failed, too, and left a failure: what
+            there is to say the driver then finds there, and Spark, which prints long traces of what a task raises,
+            need not be told.
 
         Raises
         ------
         ChildFailed
-            It failed.
+            It failed, and others may be waiting for it: Spark ends them.
         """
         left = attempt_folder(self.run, self.attempt)
         environment = self.home.environment(context)
@@ -161,7 +171,7 @@ class GangTask:
                 except Silence as silence:
                     status, reason = -1, str(silence)
             if status == 0:
-                return
+                return True
             failure = Failure.fromText(process.failure) or Failure(
                 rank, host, "died", reason, when=time.time(), phase=process.phase, transient=True
             )
@@ -170,10 +180,12 @@ class GangTask:
                 with contextlib.suppress(StoreError):  # rank 0 will find out by itself, and later
                     left.mkdir(LOST)
                     failure.note(left)
-                return
+                return True
             # The store may be what failed: then Spark's own message brings the news.
             with contextlib.suppress(StoreError):
                 failure.save(left)
+                if not work.apart and all_failed(left, len(seat.addresses), _IN_COMMON):
+                    return False
         if failure.kind == "peer":
             time.sleep(_SURVIVOR_DELAY)
         raise ChildFailed(f"rank {rank} on {host}: {failure.reason}\n{failure.toText()}\n{failure.traceback}")
@@ -222,12 +234,11 @@ class LoneTasks:
         (work,) = gang.works
         try:
             with _told(left, 0, host), listen("127.0.0.1") as listener:
-                gang.guard(work, context, Seat(0, host, neighbours, [listener.getsockname()[:2]]), listener)
+                return gang.guard(work, context, Seat(0, host, neighbours, [listener.getsockname()[:2]]), listener)
         except ChildFailed:
             if Failure.load(left, 0) is None:
                 raise  # the store did not take it: Spark's message brings the news
             return False
-        return True
 
 
 @contextlib.contextmanager

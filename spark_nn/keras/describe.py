@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from spark_nn.columns import Tensor
+from spark_nn.dataset.manifest import Manifest
+from spark_nn.labels import Takes, check_values
 from spark_nn.outputs import check_labels
 
 # Losses whose models predict a number.
@@ -20,6 +22,14 @@ _REGRESSION = {
     "logcosh",
     "poisson",
 }
+# Losses of probabilities, and the others that compare number with number.
+_PROBABILITIES = {
+    "binarycrossentropy",
+    "binaryfocalcrossentropy",
+    "categoricalcrossentropy",
+    "categoricalfocalcrossentropy",
+}
+_PAIRWISE = {"cosinesimilarity", "kldivergence", "hinge", "squaredhinge", "categoricalhinge"}
 
 
 def by_name(model: Any, outputs: Any) -> dict[str, Any]:
@@ -32,7 +42,7 @@ def by_name(model: Any, outputs: Any) -> dict[str, Any]:
     return dict(zip(names, outputs, strict=True)) if len(outputs) != 1 else {"": outputs[0]}
 
 
-def describe_outputs(model: Any, put_out: Any, labels: Sequence[Tensor]) -> dict[str, dict[str, Any]]:
+def describe_outputs(model: Any, put_out: Any, manifest: Manifest) -> dict[str, dict[str, Any]]:
     """What a compiled model puts out, read from its losses and the shapes of its outputs.
 
     Parameters
@@ -41,8 +51,8 @@ def describe_outputs(model: Any, put_out: Any, labels: Sequence[Tensor]) -> dict
         Built and compiled.
     put_out : tensor, or list or dict of tensors
         What it puts out for some rows.
-    labels : sequence of Tensor
-        What the columns offer it to learn.
+    manifest : Manifest
+        The rows, whose labels it is to learn.
 
     Returns
     -------
@@ -53,9 +63,14 @@ def describe_outputs(model: Any, put_out: Any, labels: Sequence[Tensor]) -> dict
     ------
     ParamError
         There is no label for an output, or no output for a label.
+    ColumnError
+        The loss of an output cannot be taken of its labels.
     """
     outputs = by_name(model, put_out)
-    check_labels(outputs, [tensor.key for tensor in labels])
+    check_labels(outputs, [tensor.key for tensor in manifest.role("label")])
+    if not _own_step(model):
+        losses = {name: loss_of(model, name, list(outputs)) for name in outputs}
+        check_values({name: _taken(outputs[name], loss) for name, loss in losses.items()}, manifest)
     return describe_model(model, put_out)
 
 
@@ -89,9 +104,41 @@ def other_reduction(loss: Any) -> str | None:
     return None
 
 
+def _own_step(model: Any) -> bool:
+    """Whether a model computes its loss by code of its own, and its labels may be anything."""
+    import keras
+
+    return any(getattr(type(model), each) is not getattr(keras.Model, each) for each in ("train_step", "compute_loss"))
+
+
+def _taken(output: Any, loss: Any) -> Takes | None:
+    """What a loss of Keras's takes for labels; None for others."""
+    kind = loss if hasattr(loss, "__name__") else type(loss)
+    if not getattr(kind, "__module__", "").startswith("keras."):
+        return None
+    shape = tuple(int(size) for size in output.shape[1:])
+    size, name = int(np.prod(shape)), _plain_name(loss)
+    if name == "sparsecategoricalcrossentropy":
+        if not shape or getattr(loss, "axis", -1) not in (-1, len(shape)):
+            return None
+        ignored = getattr(loss, "ignore_class", None)
+        return Takes(kind.__name__, size // shape[-1], shape, 0, shape[-1] - 1, whole=True, ignored=ignored)
+    if name in _PROBABILITIES:
+        return Takes(kind.__name__, size, shape, 0, 1)
+    if name in _REGRESSION | _PAIRWISE:
+        return Takes(kind.__name__, size, shape, least=0 if name == "poisson" else -math.inf)
+    return None
+
+
+def _plain_name(loss: Any) -> str:
+    """The name that a loss has as a function and as a class."""
+    name: str = getattr(loss, "__name__", type(loss).__name__)
+    return name.replace("_", "").lower()
+
+
 def _describe(output: Any, loss: Any) -> dict[str, Any]:
     shape = tuple(int(size) for size in output.shape[1:])
-    name = getattr(loss, "__name__", type(loss).__name__).replace("_", "").lower()
+    name = _plain_name(loss)
     logits = bool(getattr(loss, "from_logits", False))
     size = int(np.prod(shape))
     if name in _REGRESSION and size == 1:

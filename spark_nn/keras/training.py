@@ -134,7 +134,7 @@ class KerasTrainer(Trainer):
         self._compile(model, gang.world)
         if before is not None:
             take_optimizer(model, before)
-        outputs = describe_outputs(model, put_out, manifest.role("label"))
+        outputs = describe_outputs(model, put_out, manifest)
         self.recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
         order = tuple(outputs) if isinstance(put_out, (list, tuple)) and len(outputs) > 1 else None
         feed = Feed(data, self.schedule.classWeights, order)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from spark_nn.errors import ModelFileError, ParamError
+from spark_nn.labels import Takes
 from spark_nn.torch.blueprint import is_module
 
 # The functions of torch.nn.functional that compare an output with a target and average over rows.
@@ -36,6 +38,7 @@ NAMES = (
 )
 _MEANS = ("mean", "batchmean")
 _REGRESSION = {"mse", "l1", "smoothl1", "huber", "poissonnll"}
+_BINARY = ("binarycrossentropy", "binarycrossentropywithlogits")
 # A module's short name for what the function spells out.
 _SPELT = {"bce": "binarycrossentropy", "bcewithlogits": "binarycrossentropywithlogits"}
 
@@ -128,9 +131,7 @@ def describe(put_out: dict[str, Any], loss: Any) -> dict[str, dict[str, Any]]:
     ParamError
         There are losses for other outputs.
     """
-    given = loss if isinstance(loss, dict) else dict.fromkeys(put_out, loss)
-    if len(given) == len(put_out) == 1:
-        given = dict.fromkeys(put_out, *given.values())
+    given = _of_outputs(put_out, loss)
     if set(given) != set(put_out):
         raise ParamError(
             f"loss names the outputs {', '.join(map(repr, given))}, and the model has {', '.join(map(repr, put_out))}: "
@@ -139,19 +140,52 @@ def describe(put_out: dict[str, Any], loss: Any) -> dict[str, dict[str, Any]]:
     return {name: _kind(given[name], tuple(output.shape[1:])) for name, output in put_out.items()}
 
 
+def takes(put_out: dict[str, Any], loss: Any) -> dict[str, Takes | None]:
+    """What the losses of a network's outputs take for labels, None where it is not known; arguments as there."""
+    given = _of_outputs(put_out, loss)
+    return {name: _taken(given[name], tuple(output.shape[1:])) for name, output in put_out.items()}
+
+
+def _of_outputs(put_out: dict[str, Any], loss: Any) -> dict[str, Any]:
+    """The loss of each output, as far as it is named right."""
+    given = loss if isinstance(loss, dict) else dict.fromkeys(put_out, loss)
+    return dict.fromkeys(put_out, *given.values()) if len(given) == len(put_out) == 1 else given
+
+
+def _taken(loss: Any, shape: tuple[int, ...]) -> Takes | None:
+    kind = type(loss) if is_module(loss) else loss
+    if not isinstance(loss, str) and not getattr(kind, "__module__", "").startswith("torch."):
+        return None
+    name, size = _plain_name(loss), int(np.prod(shape))
+    shown = loss if isinstance(loss, str) else kind.__name__
+    if name in ("crossentropy", "nll", "multimargin") and shape and shape[0] > 1:
+        ignored = getattr(loss, "ignore_index", -100) if name != "multimargin" else None
+        soft = name == "crossentropy"
+        return Takes(shown, size // shape[0], shape, 0, shape[0] - 1, whole=True, ignored=ignored, soft=soft)
+    if name in _BINARY:
+        return Takes(shown, size, shape, 0, 1)
+    if name in _REGRESSION:
+        return Takes(shown, size, shape, least=0 if name == "poissonnll" else -math.inf)
+    return None
+
+
+def _plain_name(loss: Any) -> str:
+    """The name that a loss has as a function and as a module."""
+    name = loss if isinstance(loss, str) else type(loss).__name__ if is_module(loss) else getattr(loss, "__name__", "")
+    name = name.lower().replace("_", "").removesuffix("loss")
+    return _SPELT.get(name, name)
+
+
 def _kind(loss: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     """What a network with this loss puts out: arguments of :class:`spark_nn.outputs.Output`.
 
     Log-probabilities count as logits: what turns these into probabilities leaves them what they are.
     """
-    name = loss if isinstance(loss, str) else type(loss).__name__ if is_module(loss) else getattr(loss, "__name__", "")
-    name = name.lower().replace("_", "").removesuffix("loss")
-    name = _SPELT.get(name, name)
-    size = int(np.prod(shape))
+    name, size = _plain_name(loss), int(np.prod(shape))
     kind = "raw"
     if name in _REGRESSION and size == 1:
         kind = "regression"
-    elif name in ("binarycrossentropy", "binarycrossentropywithlogits") and size == 1:
+    elif name in _BINARY and size == 1:
         kind = "binary"
     elif name in ("crossentropy", "nll") and len(shape) == 1 and size > 1:
         kind = "multiclass"

@@ -23,6 +23,7 @@ from spark_nn.dataset.manifest import Manifest
 from spark_nn.dataset.stream import Stream
 from spark_nn.errors import ParamError
 from spark_nn.gang.context import GangContext
+from spark_nn.labels import check_values
 from spark_nn.outputs import Choice, Output, check_labels
 from spark_nn.report import Report
 from spark_nn.torch import codec, losses
@@ -133,6 +134,7 @@ class TorchTrainer(Trainer):
         module, put_out, opened = self._opened(gang, feed.specs, manifest.role("features"), device)
         check_labels(put_out, [tensor.key for tensor in manifest.role("label")])
         outputs = losses.describe(put_out, recipe.blueprint.loss)
+        check_values(losses.takes(put_out, recipe.blueprint.loss), manifest)
         described = recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
         criterion = losses.Criterion(recipe.blueprint.loss)
         criterion.to(device)

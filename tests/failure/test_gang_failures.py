@@ -48,6 +48,9 @@ def test_an_error_on_one_rank_reaches_the_driver_with_its_traceback(spark, store
     assert not error.transient
     assert not error.restarts
     assert 'raise ValueError("the toy broke on purpose")' in error.workerTraceback
+    # What is left for the driver says it all: Spark, which prints the traces of jobs that fail, knows of none.
+    tracker = spark.sparkContext.statusTracker()
+    assert tracker.getJobInfo(max(tracker.getJobIdsForGroup(None))).status == "SUCCEEDED"
     # The next fit of the same session is none the worse.
     assert ToyEstimator(inputCols=["a"], numWorkers=2, storeUrl=store, verbose=0).fit(data(spark)).summary
 
