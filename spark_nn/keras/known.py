@@ -28,7 +28,8 @@ _METRICS = (
     *("R2Score", "Recall", "RootMeanSquaredError", "SparseCategoricalAccuracy", "SparseTopKCategoricalAccuracy"),
     *("Sum", "TopKCategoricalAccuracy", "TrueNegatives", "TruePositives"),
 )
-_SHORT = ("bce", "mae", "mape", "mse", "msle")
+# Of losses and metrics.
+SHORT = ("bce", "mae", "mape", "mse", "msle")
 
 
 def _snake(name: str) -> str:
@@ -44,8 +45,8 @@ def _spelt(classes: tuple[str, ...], short: tuple[str, ...]) -> frozenset[str]:
 # By param; optimizers in small letters, since their case does not matter.
 NAMES = {
     "optimizer": frozenset(map(str.lower, _OPTIMIZERS)),
-    "loss": _spelt((*_LOSSES_AND_METRICS, *_LOSSES), (*_SHORT, "kld")),
-    "metrics": _spelt((*_LOSSES_AND_METRICS, *_METRICS), _SHORT),
+    "loss": _spelt((*_LOSSES_AND_METRICS, *_LOSSES), (*SHORT, "kld")),
+    "metrics": _spelt((*_LOSSES_AND_METRICS, *_METRICS), SHORT),
 }
 
 

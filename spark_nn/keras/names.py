@@ -12,11 +12,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from spark_nn.errors import ParamError
 from spark_nn.keras import backends
-from spark_nn.keras.known import BY_SHAPE
+from spark_nn.keras.known import BY_SHAPE, SHORT
 
 _HELPERS = ("deserialize", "get", "serialize")
 _KINDS = {"optimizer": "optimizer", "loss": "loss", "metrics": "metric"}
@@ -67,7 +68,8 @@ def check_name(param: str, value: Any) -> None:
             and name not in _HELPERS
             and (inspect.isfunction(each) if param == "loss" else inspect.isclass(each))
         )
-        lowered = {name.lower(): name for name in [*known, *(BY_SHAPE if param == "metrics" else ())]}
+        short = {"optimizer": (), "loss": SHORT, "metrics": (*SHORT, *BY_SHAPE)}[param]
+        lowered = {name.lower(): name for name in [*known, *short]}
         near = difflib.get_close_matches(value.lower(), lowered, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(repr(lowered[each]) for each in near)}?" if near else ""
         raise ParamError(
@@ -105,23 +107,27 @@ def _refusal(names: tuple[tuple[str, str], ...], backend: str) -> str:
     """What Keras in another process has against names: empty for nothing, and where it cannot be asked."""
     if importlib.util.find_spec("keras") is None:  # finds the package, and runs nothing of it
         return ""
-    environment = {
-        **os.environ,
-        **backends.environment(backend),
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "CUDA_VISIBLE_DEVICES": "",  # an optimizer is made to see whether it can be, and needs no card for that
-    }
     command = [sys.executable, "-P", "-c", f"from {__name__} import answer; answer()"]
     try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(names),
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=_PATIENCE,
-            check=True,
-        )
+        with TemporaryDirectory(prefix="spark_nn-") as folder:
+            environment = {
+                **os.environ,
+                **backends.environment(backend),
+                "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
+                "CUDA_VISIBLE_DEVICES": "",  # an optimizer is made to see whether it can be, and needs no card for that
+                # What Keras and its backend leave behind where they are imported.
+                "KERAS_HOME": folder,
+                "TMPDIR": folder,
+            }
+            done = subprocess.run(
+                command,
+                input=json.dumps(names),
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=_PATIENCE,
+                check=True,
+            )
         refusal: str = json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         _LOG.info("names of Keras's are left to the workers to judge: %s", error)
