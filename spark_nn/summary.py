@@ -39,7 +39,8 @@ class TrainingSummary:
         finding them there), ``lost`` (attempts that failed), ``wait`` (for other models of the same call), ``start``
         (Spark's tasks and the workers' processes), ``import`` (of the framework, where that has not been done
         beforehand), ``build`` (the model, or from a checkpoint), ``trace`` (until the first step is done), ``train``
-        (the rest, validation too), ``publish`` (the model), ``finish`` (until the driver knows), and ``total``.
+        (the rest, validation too), ``publish`` (the model), ``finish`` (until the driver knows), and ``total``. Only
+        those that the fit had; with ``parameterServers=1`` nothing between ``start`` and ``finish`` is told apart.
     logDir : str or None
         The folder below the param `logDir` that TensorBoard finds the fit in; a URL without user, password and query.
     """

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -430,4 +431,8 @@ def _death(status: int) -> str:
 def _tail(log: IO[bytes]) -> str:
     size = log.seek(0, os.SEEK_END)
     log.seek(max(0, size - _LOG_TAIL))
-    return log.read().decode(errors="replace").strip()
+    lines = log.read().decode(errors="replace").split("\n")
+    # On a machine without a card TensorFlow says so as an error at every start, and it explains no failure. What else
+    # is wrong with a card has another number.
+    without_card = re.compile(r"failed call to cuInit: .*(\(303\)|CUDA_ERROR_NO_DEVICE)", re.IGNORECASE)
+    return "\n".join(line for line in lines if not without_card.search(line)).strip()

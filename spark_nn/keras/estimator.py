@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -13,8 +13,9 @@ from spark_nn.errors import ModelFileError, ParamError
 from spark_nn.estimator import NeuralEstimator
 from spark_nn.keras import archive, backends, codec
 from spark_nn.keras.customs import Customs, registered, require
+from spark_nn.keras.known import is_known
 from spark_nn.keras.model import KerasModel
-from spark_nn.keras.names import check_name
+from spark_nn.keras.names import check_names
 from spark_nn.keras.parameters import ParameterTrainer
 from spark_nn.keras.params import KerasParams
 from spark_nn.keras.sharded import ShardedTrainer
@@ -351,6 +352,7 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
 
     def _checkSettings(self) -> None:
         """Refuse settings that the workers could not make again."""
+        doubtful = []
         for name in ("optimizer", "loss", "metrics"):
             if self.isDefined(name):
                 try:
@@ -358,17 +360,24 @@ class KerasEstimator(KerasParams, NeuralEstimator[KerasModel]):
                 except ModelFileError as error:
                     raise ParamError(str(error)) from error
                 require(named, self._known(named), name, named, ParamError)
-                self._checkNamed(name, self.getOrDefault(name))
+                strings = self._strings(name, self.getOrDefault(name))
+                doubtful += [(name, each) for each in strings if not self._isKnown(name, each)]
+        if doubtful:
+            check_names(doubtful, self.getBackend())
 
-    def _checkNamed(self, name: str, value: Any) -> None:
-        """Refuse a lambda, whose code the model's file would have to hold, and early what Keras does not know."""
+    def _isKnown(self, name: str, value: str) -> bool:
+        """Whether a name is surely one of Keras's, or of the user's own."""
+        return is_known(name, value) or value in self._known([value])
+
+    def _strings(self, name: str, value: Any) -> Iterator[str]:
+        """The names in a setting; refuse a lambda, whose code the model's file would have to hold."""
         if isinstance(value, (list, tuple)) or (isinstance(value, dict) and "class_name" not in value):
             for each in value.values() if isinstance(value, dict) else value:
-                self._checkNamed(name, each)
+                yield from self._strings(name, each)
         elif getattr(value, "__name__", "") == "<lambda>":
             raise ParamError(f"{name} is a lambda, which the model's file cannot name: give a function with a name")
-        elif isinstance(value, str) and "keras" in sys.modules and value not in self._known([value]):
-            check_name(name, value)  # else the workers will: the driver imports no framework for it
+        elif isinstance(value, str):
+            yield value
 
     def _trainer(self, schedule: Schedule, run: RunDir) -> KerasTrainer:
         given = self._ifGiven

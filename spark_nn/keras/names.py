@@ -1,16 +1,29 @@
-"""Whether Keras knows what a param names, said in the param's words and before anything is traced."""
+"""Whether Keras knows what a param names, said in the param's words and before anything is started or traced."""
 
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib.util
 import inspect
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from spark_nn.errors import ParamError
+from spark_nn.keras import backends
+from spark_nn.keras.known import BY_SHAPE, SHORT
 
-# Shorthands that Keras resolves by the shapes that it meets.
-_BY_SHAPE = ("accuracy", "acc", "crossentropy", "ce")
 _HELPERS = ("deserialize", "get", "serialize")
+_KINDS = {"optimizer": "optimizer", "loss": "loss", "metrics": "metric"}
+_LOG = logging.getLogger(__name__)
+# Seconds that a process may take to import Keras and judge names, which mostly takes five.
+_PATIENCE = 120
 
 
 def check_name(param: str, value: Any) -> None:
@@ -26,7 +39,7 @@ def check_name(param: str, value: Any) -> None:
     Raises
     ------
     ParamError
-        A string names nothing.
+        A string names nothing, or what cannot be made without arguments.
     """
     import keras
 
@@ -37,13 +50,17 @@ def check_name(param: str, value: Any) -> None:
         for each in value:
             check_name(param, each)
         return
-    if not isinstance(value, str) or (param == "metrics" and value in _BY_SHAPE):
+    if not isinstance(value, str) or (param == "metrics" and value.lower() in BY_SHAPE):
         return
     module = {"optimizer": keras.optimizers, "loss": keras.losses, "metrics": keras.metrics}[param]
+    kind = _KINDS[param]
     try:
         module.get(value)
+    except (KeyError, TypeError):
+        raise ParamError(
+            f"{param}={value!r}: the {kind} of this name needs arguments; give an instance of it"
+        ) from None
     except ValueError:
-        kind = {"optimizer": "optimizer", "loss": "loss", "metrics": "metric"}[param]
         known = sorted(
             name
             for name, each in vars(module).items()
@@ -51,9 +68,79 @@ def check_name(param: str, value: Any) -> None:
             and name not in _HELPERS
             and (inspect.isfunction(each) if param == "loss" else inspect.isclass(each))
         )
-        lowered = {name.lower(): name for name in [*known, *(_BY_SHAPE if param == "metrics" else ())]}
+        short = {"optimizer": (), "loss": SHORT, "metrics": (*SHORT, *BY_SHAPE)}[param]
+        lowered = {name.lower(): name for name in [*known, *short]}
         near = difflib.get_close_matches(value.lower(), lowered, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(repr(lowered[each]) for each in near)}?" if near else ""
         raise ParamError(
             f"{param}={value!r}: Keras has no {kind} of this name; {hint or 'known are ' + ', '.join(known)}"
         ) from None
+
+
+def check_names(names: Sequence[tuple[str, str]], backend: str) -> None:
+    """Driver side: refuse names that Keras does not know, without importing it where nobody has.
+
+    A process of its own imports it then, so that neither the environment of the driver changes nor the backend is
+    settled that Keras will run on there. Where that is not possible, as without Keras, workers find out.
+
+    Parameters
+    ----------
+    names : sequence of tuple of str
+        Params, and a name that each has.
+    backend : str
+        What Keras runs on in the workers.
+
+    Raises
+    ------
+    ParamError
+        A name is that of nothing, or of what cannot be made without arguments.
+    """
+    if hasattr(sys.modules.get("keras"), "saving"):  # one that could not be imported leaves less
+        for param, name in names:
+            check_name(param, name)
+    elif refusal := _refusal(tuple(names), backend):
+        raise ParamError(refusal)
+
+
+@functools.cache
+def _refusal(names: tuple[tuple[str, str], ...], backend: str) -> str:
+    """What Keras in another process has against names: empty for nothing, and where it cannot be asked."""
+    if importlib.util.find_spec("keras") is None:  # finds the package, and runs nothing of it
+        return ""
+    command = [sys.executable, "-P", "-c", f"from {__name__} import answer; answer()"]
+    try:
+        with TemporaryDirectory(prefix="spark_nn-") as folder:
+            environment = {
+                **os.environ,
+                **backends.environment(backend),
+                "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
+                "CUDA_VISIBLE_DEVICES": "",  # an optimizer is made to see whether it can be, and needs no card for that
+                # What Keras and its backend leave behind where they are imported.
+                "KERAS_HOME": folder,
+                "TMPDIR": folder,
+            }
+            done = subprocess.run(
+                command,
+                input=json.dumps(names),
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=_PATIENCE,
+                check=True,
+            )
+        refusal: str = json.loads(done.stdout.splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        _LOG.info("names of Keras's are left to the workers to judge: %s", error)
+        return ""
+    return refusal
+
+
+def answer() -> None:
+    """In a process of its own: judge the names that come by standard input."""
+    refusal = ""
+    try:
+        for param, name in json.load(sys.stdin):
+            check_name(param, name)
+    except ParamError as error:
+        refusal = str(error)
+    sys.stdout.write(f"\n{json.dumps(refusal)}\n")  # after whatever a backend may have printed

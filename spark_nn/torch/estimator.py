@@ -19,7 +19,7 @@ from spark_nn.torch import codec, lightning
 from spark_nn.torch.blueprint import Blueprint, is_module, skeleton_of
 from spark_nn.torch.losses import check_loss
 from spark_nn.torch.model import TorchModel
-from spark_nn.torch.names import check_metric, check_optimizer
+from spark_nn.torch.names import check_metrics, check_optimizer
 from spark_nn.torch.params import TorchParams
 from spark_nn.torch.training import WEIGHTS, Recipe, TorchTrainer
 from spark_nn.trainer import Schedule, Trained
@@ -266,10 +266,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
             raise ParamError("mixedPrecision='fp16' with useGpu=False: halves need GPUs; use 'bf16'")
         if isinstance(self.getOptimizer(), str):
             check_optimizer(self.getOptimizer())
-        metrics = self._ifGiven("metrics") or []
-        for each in metrics.values() if isinstance(metrics, dict) else metrics:
-            if isinstance(each, str):
-                check_metric(each)
+        check_metrics(self._ifGiven("metrics"))
         if self.getSharding() == "fsdp" and self.getNumWorkers() > 1:
             if self.getCollective() == "ring":
                 raise ParamError(

@@ -12,13 +12,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchmetrics
 
-from spark_nn.errors import ModelFileError, ParamError
+from spark_nn.errors import ClusterError, ModelFileError, ParamError
 from spark_nn.outputs import Outputs
 from spark_nn.torch.losses import fitted
 from spark_nn.torch.names import SHORT, unknown_metric
 from spark_nn.torch.trees import pack, unpack
+
+try:
+    import torchmetrics
+except ModuleNotFoundError as error:
+    if error.name != "torchmetrics":
+        raise
+    raise ClusterError(
+        "loss and metrics of PyTorch's networks are counted with the package torchmetrics, which this Python does not "
+        "have: pip install 'spark-nn[torch]' where tasks run"
+    ) from error
 
 
 class Tally:
@@ -221,7 +230,7 @@ def _by_name(name: str, outputs: Outputs) -> Any:
     known = {each.lower(): each for each in torchmetrics.__all__ if isinstance(getattr(torchmetrics, each), type)}
     kinds = {each.lower(): each for each in torchmetrics.classification.__all__}
     if wanted not in {**known, **kinds}:
-        raise unknown_metric(name)
+        raise unknown_metric(name, [*known.values(), *kinds.values()])
     if len(outputs) > 1:
         raise ParamError(
             f"metrics={name!r}: the model has several outputs, which no metric takes together: give a function of the "

@@ -18,6 +18,7 @@ from spark_nn.scoring.models import Loader
 from spark_nn.torch import codec, export, measure, predict, pretrained
 from spark_nn.torch.blueprint import Blueprint, BlueprintLoader, Specs, is_module, skeleton_of
 from spark_nn.torch.losses import NAMES, check_loss, check_measurable
+from spark_nn.torch.names import check_metrics
 from spark_nn.torch.stages import TorchColumns
 
 M = TypeVar("M", bound="TorchModel")
@@ -81,6 +82,7 @@ class TorchModel(TorchColumns, NeuralModel):
         codec.check_shaped(model)
         if loss is not None:
             check_loss(loss, weighted=False, workers=1)
+        check_metrics(metrics)
         made._fitted = pretrained.describe(model, example, made.inputColumns(), loss)
         made._blueprint = Blueprint(None, skeleton=skeleton_of(model), loss=loss, metrics=metrics)
         made._blueprint.pickled  # noqa: B018  (refuses what cannot be sent)
@@ -111,7 +113,10 @@ class TorchModel(TorchColumns, NeuralModel):
         ModelFileError
             It is not as it was saved; or nothing is given that makes the network, and the session's conf
             ``spark.nn.allowedModules`` does not name the module of what made it.
+        ParamError
+            A metric's name is that of nothing.
         """
+        check_metrics(metrics)
 
         def make() -> M:
             stage = cls()

@@ -29,6 +29,7 @@ from spark_nn.report import Report
 from spark_nn.torch import codec, lightning, losses
 from spark_nn.torch.blueprint import Blueprint, Specs
 from spark_nn.torch.draw import draw
+from spark_nn.torch.names import unknown_optimizer
 from spark_nn.torch.objective import Objective
 from spark_nn.trainer import Schedule, Trained, Trainer, check_digests, misfit, publish
 
@@ -257,9 +258,7 @@ def _optimizer(recipe: Recipe, module: Any) -> Any:
             if isinstance(each, type) and issubclass(each, torch.optim.Optimizer) and each is not torch.optim.Optimizer
         }
         if given.lower() not in known:
-            raise ParamError(
-                f"optimizer={given!r}: torch.optim has no class of this name; known are {', '.join(sorted(known))}"
-            )
+            raise unknown_optimizer(given, known)
         given = known[given.lower()]
     if isinstance(given, type) and recipe.learningRate is not None:
         arguments["lr"] = recipe.learningRate

@@ -6,6 +6,7 @@ An error may be returned in place of being raised, where raising it is somebody 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import importlib.util
 import sys
@@ -35,7 +36,7 @@ from spark_nn.disk import _Connect, _Hadoop
 from spark_nn.export import Target
 from spark_nn.gang import launch, worker
 from spark_nn.gang.ring import Ring
-from spark_nn.keras import backends, predict
+from spark_nn.keras import backends, names, predict
 from spark_nn.keras import pretrained as keras_pretrained
 from spark_nn.keras.sharding import Sharding
 from spark_nn.keras.stages import check_numbers
@@ -265,6 +266,12 @@ def without_jax():
         backends.room("jax")
 
 
+def without_torchmetrics():
+    with patch.dict(sys.modules, {"torchmetrics": None, "spark_nn.torch.metrics": None}):
+        del sys.modules["spark_nn.torch.metrics"]
+        importlib.import_module("spark_nn.torch.metrics")
+
+
 def cut(mesh=None, layout=None):
     return Sharding.of({"mesh": mesh or {"model": 2}, "layout": layout or {".*kernel": [None, "model"]}})
 
@@ -346,6 +353,7 @@ DRIVER = {
     "self.log(…, reduce_fx": lambda: stepping().log("x", 1.0, reduce_fx="max"),
     "self.log(…, ...)": lambda: stepping().log("x", "y"),
     "loss=…: torch.nn.functional": lambda: losses.check_loss("no_such", weighted=False, workers=1),
+    "…=…: the … of this name needs": lambda: names.check_name("metrics", "MeanIoU"),
     "loss … has reduction": lambda: losses.check_loss(torch.nn.MSELoss(reduction="sum"), weighted=False, workers=2),
     "weightCol and classWeights weight the loss of each row, and loss …": lambda: losses.check_loss(
         torch.nn.CrossEntropyLoss(weight=torch.ones(2)), weighted=True, workers=1
@@ -362,6 +370,7 @@ DRIVER = {
     "optimizer=… gives": lambda: training._optimizer(recipe(optimizer=lambda _: None), torch.nn.Linear(1, 1)),
     "lrScheduler=… returned": lambda: training._scheduler(recipe(lrScheduler=lambda _: None), None),
     "metrics=…: torchmetrics": lambda: metrics.made(["no_such"], ONE),
+    "loss and metrics of PyTorch's": without_torchmetrics,
     "metrics=…: the model has several": lambda: metrics.made(["auroc"], TWO),
     "metrics has two values": lambda: metrics.made(["auroc", "auroc"], {"": Output("binary", (1,))}),
     "metrics=… is one of classes": lambda: metrics.made(["auroc"], ONE),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -9,7 +10,7 @@ from pyspark.resource import ResourceInformation
 from spark_nn.errors import ClusterError, ParamError
 from spark_nn.gang.failure import Failure, first_failure
 from spark_nn.gang.launch import Gang
-from spark_nn.gang.worker import Home, _check_alike, child_environment, first_environment, versions
+from spark_nn.gang.worker import Home, _check_alike, _tail, child_environment, first_environment, versions
 from spark_nn.store import RunDir
 
 
@@ -70,6 +71,24 @@ def test_executors_that_differ_are_an_error_that_names_the_package():
         _check_alike(cards)
     _check_alike([cards[0], {**cards[0], "rank": 1}])
     assert versions()["python"].startswith("3.")
+
+
+def test_of_what_a_process_printed_only_the_missing_card_is_left_out():
+    head = "E0000 00:00:1795671072.081854   10823 cuda_platform.cc:52] failed call to cuInit: INTERNAL: CUDA error: "
+    missing = [
+        f"{head}Failed call to cuInit: UNKNOWN ERROR (303)",
+        f"{head}CUDA_ERROR_NO_DEVICE: no CUDA-capable device",
+    ]
+    told = [
+        "step 1\r step 2",
+        "",
+        f"{head}Failed call to cuInit: CUDA_ERROR_SYSTEM_DRIVER_MISMATCH: system has unsupported display driver",
+        "W0000 00:00:1795671072.5 10823 cuInit.cc:303] something else",
+        "out of memory",
+    ]
+    log = io.BytesIO("\n".join([*told[:2], missing[0], *told[2:], missing[1], ""]).encode())
+    assert _tail(log) == "\n".join(told)
+    assert _tail(io.BytesIO(f"{missing[0]}\n".encode())) == ""
 
 
 def failure(rank, kind, when):

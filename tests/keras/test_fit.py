@@ -18,6 +18,7 @@ from pyspark.sql import functions as F
 
 from spark_nn import KerasEstimator, KerasModel
 from spark_nn.errors import ModelFileError, ParamError, TrainingError
+from spark_nn.keras import names
 from tests.keras import models
 
 pytestmark = pytest.mark.timeout(240)
@@ -318,28 +319,34 @@ def test_the_kind_and_the_threshold_decide_the_output_columns(spark, store):
         hinge.copy({hinge.outputKind: "multiclass"}).fit(df)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            {"loss": "binary_crosentropy"},
-            "loss='binary_crosentropy': Keras has no loss.*did you mean 'binary_crossentropy'",
-        ),
-        ({"optimizer": "adamm"}, "optimizer='adamm': Keras has no optimizer.*'Adam'"),
-        ({"metrics": ["auc", "acuracy"]}, "metrics='acuracy': Keras has no metric.*'accuracy'"),
-    ],
-)
-def test_names_that_keras_does_not_know_are_told_with_near_ones(spark, store, monkeypatch, settings, message):
+def test_names_that_keras_does_not_know_are_told_with_near_ones(spark, store, monkeypatch):
     import keras  # noqa: F401
 
     df = data(spark)
-    with pytest.raises(ParamError, match=message):
-        estimator(store, **settings).fit(df)
-    # A driver without Keras imports none to find out: then the workers do.
+    tracker = spark.sparkContext.statusTracker()
+    before = tracker.getJobIdsForGroup()
+    wrong = {"loss": "binary_crosentropy"}
+    message = "loss='binary_crosentropy': Keras has no loss.*did you mean 'binary_crossentropy'"
+    for settings, found in (
+        (wrong, message),
+        ({"optimizer": "adamm"}, "optimizer='adamm': Keras has no optimizer.*'Adam'"),
+        ({"metrics": ["auc", "acuracy"]}, "metrics='acuracy': Keras has no metric.*'accuracy'"),
+    ):
+        with pytest.raises(ParamError, match=found):
+            estimator(store, **settings).fit(df)
+    # A driver that has not imported Keras does not import it for that.
     monkeypatch.delitem(sys.modules, "keras")
+    with pytest.raises(ParamError, match=message):
+        estimator(store, **wrong).fit(df)
+    assert "keras" not in sys.modules
+    assert tracker.getJobIdsForGroup() == before
+    assert not list(Path(store).iterdir())
+    # Where it cannot find out, the workers do.
+    monkeypatch.setattr(names, "_refusal", lambda *_: "")
     with pytest.raises(TrainingError, match=message) as caught:
-        estimator(store, **settings).fit(df)
+        estimator(store, **wrong).fit(df)
     assert caught.value.phase == "build"
+    assert "cuInit" not in str(caught.value)
 
 
 @pytest.mark.parametrize("settings", [{"loss": lambda y, p: (y - p) ** 2}, {"metrics": ["mae", lambda y, p: y]}])
@@ -351,14 +358,12 @@ def test_lambdas_are_refused_where_the_file_would_have_to_name_them(spark, store
 
 
 def test_names_that_keras_knows_pass():
-    from spark_nn.keras.names import check_name
-
     for param, value in (
         ("loss", ["mse", "MeanSquaredError", {"a": "kl_divergence"}]),
         ("optimizer", "rmsprop"),
         ("metrics", {"a": ["acc", "mae", "AUC", None]}),
     ):
-        check_name(param, value)
+        names.check_name(param, value)
 
 
 def test_an_unknown_loss_gives_the_raw_output(spark, store):

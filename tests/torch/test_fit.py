@@ -12,9 +12,12 @@ from pyspark.ml.evaluation import BinaryClassificationEvaluator
 from pyspark.sql import functions as F
 from torch.nn import functional
 
-from spark_nn import TorchEstimator
+from spark_nn import TorchEstimator, TorchModel
 from spark_nn.errors import ColumnError, ParamError, TrainingError
 from spark_nn.gang import board
+from spark_nn.outputs import Output
+from spark_nn.torch.metrics import made
+from spark_nn.torch.names import exported
 from tests.keras.test_fit import arrays, data
 from tests.torch import models
 
@@ -275,11 +278,34 @@ REFUSED = [
     ({"optimizer": "adma"}, "torch.optim has no class of this name .did you mean 'adam'.*; known are adadelta"),
     ({"optimizer": "lr_scheduler"}, "torch.optim has no class of this name; known are adadelta"),
     ({"metrics": ["acuracy"]}, "metrics='acuracy': torchmetrics has no metric of this name .did you mean 'accuracy'"),
+    (
+        {"metrics": {"a": "acc"}},
+        "metrics='acc': torchmetrics has no metric of this name .did you mean 'accuracy'.*; give",
+    ),
+    ({"metrics": ["mean_absolut_error"]}, "metrics='mean_absolut_error': .* .did you mean 'mean_absolute_error'"),
     ({"metrics": {"m": "nonsense"}}, "metrics='nonsense': torchmetrics has no metric of this name; give one of"),
     ({"sharding": "fsdp", "numWorkers": 2, "collective": "ring"}, "exchanges by torch.distributed, so 'auto'"),
     ({"sharding": "fsdp", "numWorkers": 2, "mixedPrecision": "fp16"}, "use 'bf16', whose loss needs no scaling"),
     ({"inputCols": ["name"]}, "column 'name' holds string values, and PyTorch has no tensors of them"),
 ]
+
+
+def test_the_names_of_optimizers_are_pytorchs():
+    classes = {each for each in vars(torch.optim).values() if isinstance(each, type)}
+    expected = {each.__name__ for each in classes if issubclass(each, torch.optim.Optimizer)}
+    assert exported("torch", "optim") == expected
+    assert len(expected) > 10
+
+
+def test_metrics_of_other_names_are_refused_wherever_they_are_given():
+    network, example = torch.nn.Linear(1, 1), np.zeros((1, 1), "float32")
+    message = "metrics='acc': torchmetrics has no metric of this name .did you mean 'accuracy'"
+    with pytest.raises(ParamError, match=message):
+        TorchModel.fromTorch(network, example, loss="mse_loss", metrics=["auroc", "acc"])
+    with pytest.raises(ParamError, match=message):
+        TorchModel.load("nowhere", model=network, metrics={"a": "acc"})
+    with pytest.raises(ParamError, match=message):  # where the driver has no torchmetrics
+        made(["acc"], {"": Output("binary", (1,))})
 
 
 def test_what_cannot_be_is_refused_before_anything_starts(spark, store):
