@@ -17,6 +17,7 @@ from typing import Any
 
 from spark_nn.errors import ParamError
 from spark_nn.keras import backends
+from spark_nn.keras.backends.imports import lean
 from spark_nn.keras.known import BY_SHAPE, SHORT
 
 _HELPERS = ("deserialize", "get", "serialize")
@@ -138,6 +139,8 @@ def _refusal(names: tuple[tuple[str, str], ...], backend: str) -> str:
 def answer() -> None:
     """In a process of its own: judge the names that come by standard input."""
     refusal = ""
+    with lean(os.environ["KERAS_BACKEND"]):
+        import keras  # noqa: F401
     try:
         for param, name in json.load(sys.stdin):
             check_name(param, name)

@@ -39,6 +39,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from spark_nn.errors import ClusterError
+from spark_nn.keras.backends.imports import lean
 
 Backend = Literal["tensorflow", "jax", "torch"]
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -59,7 +60,8 @@ def room(backend: str) -> Any:
         Its framework is not installed here.
     """
     try:
-        return importlib.import_module(f"{__name__}.{backend}")
+        with lean(backend):
+            return importlib.import_module(f"{__name__}.{backend}")
     except ModuleNotFoundError as error:
         if error.name != backend:
             raise
