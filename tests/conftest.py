@@ -13,6 +13,7 @@ import pytest
 from spark_nn.dataset.lease import shelf
 from spark_nn.doctor import javaProblem
 from tests import toy
+from tests.extended import EXTENDED
 from tests.keras import models
 from tests.torch import models as torch_models
 
@@ -40,10 +41,22 @@ def _own_temporary(config):
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-def pytest_collection_modifyitems(items):
-    """Put a file's tests that ask for a session of their own last: to stop one and to start another takes seconds."""
+def pytest_collection_modifyitems(config, items):
+    """Mark the tests that are left to `tox -e extended`, and put those last that ask for a session of their own."""
+    _mark_extended(config, items)
+    # To stop a session and to start another takes seconds.
     order = {path: place for place, path in enumerate(dict.fromkeys(item.path for item in items))}
     items.sort(key=lambda item: (order[item.path], {"spark", "sessions"} & set(item.fixturenames) == {"sessions"}))
+
+
+def _mark_extended(config, items):
+    names = {f"{item.path.relative_to(Path(__file__).parent).as_posix()}::{item.name}": item for item in items}
+    files = {name.partition("::")[0] for name in names}
+    unknown = [each for each in EXTENDED if each not in names and each.partition("::")[0] in files]
+    if unknown and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"tests/extended.py names what there is not: {', '.join(unknown)}")
+    for name in names.keys() & set(EXTENDED):
+        names[name].add_marker(pytest.mark.extended)
 
 
 class Sessions:

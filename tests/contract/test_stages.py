@@ -35,7 +35,7 @@ every_estimator = pytest.mark.parametrize("stage", ESTIMATORS, ids=name_of)
 
 
 def data(spark, rows=200):
-    df = spark.range(rows).select("id", F.rand(1).alias("a"), F.rand(2).alias("b"))
+    df = spark.range(0, rows, 1, 1).select("id", F.rand(1).alias("a"), F.rand(2).alias("b"))
     return df.withColumn("label", F.expr("a + b"))
 
 
