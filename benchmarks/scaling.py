@@ -5,12 +5,14 @@ A step of `n` ranks is taken to cost what one rank needs for its rows, and what 
     step(n)     = crowd * (compute(rows / n) + exchange(n))
     compute(r)  = fixed + each * r
     exchange(n) = 2 (n - 1) / n * bytes / bandwidth + 2 (n - 1) * latency
-    crowd       = max(1, n / cores)
+    crowd       = ceil(n / cores)
 
 `fixed` and `each` are measured with one rank and two sizes of batch, `bandwidth` and `latency` with two ranks that
 exchange a large buffer, and none, and do nothing else; nothing is fitted to what is to be predicted. Ranks on one
 machine share its cores, and their exchange is work for these, too: so both are stretched where there are more ranks
-than cores. Ranks on machines of their own are not crowded, and have their network's bandwidth and latency.
+than cores, by as many as take turns on the busiest one, since all wait for these. What the turns themselves cost, in
+caches that are filled anew and in ranks that are waited for while it is not their turn, is left out. Ranks on machines
+of their own are not crowded, and have their network's bandwidth and latency.
 
 Where all ranks are on one machine, buffers that fit lie in memory that they share. Such an exchange is measured by
 itself: a rank meets the others, and reads what all of them have written.
@@ -23,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import statistics
 import time
@@ -115,9 +118,9 @@ class Machine:
             return self.memory.at(nbytes * ranks / 2)
         return 2 * (ranks - 1) / ranks * nbytes / self.bandwidth + 2 * (ranks - 1) * self.latency
 
-    def crowd(self, ranks: int) -> float:
-        """How many ranks share a core."""
-        return max(1.0, ranks / self.cores)
+    def crowd(self, ranks: int) -> int:
+        """How many ranks take turns on the busiest core."""
+        return math.ceil(ranks / self.cores)
 
 
 def train(gang: Share) -> float:
@@ -216,7 +219,7 @@ def table(base: Share, here: Machine, most: int, rounds: int) -> None:
     for n, seconds in enumerate(measured, 1):
         parts = compute.at(rows // n), here.exchange(nbytes, n), here.crowd(n)
         expected = (parts[0] + parts[1]) * parts[2]
-        times = f"{parts[0] * 1e3:{WIDTH}.2f}{parts[1] * 1e3:{WIDTH}.2f}{parts[2]:{WIDTH}.1f}"
+        times = f"{parts[0] * 1e3:{WIDTH}.2f}{parts[1] * 1e3:{WIDTH}.2f}{parts[2]:{WIDTH}}"
         both = f"{expected * 1e3:{WIDTH}.2f}{seconds * 1e3:{WIDTH}.2f}{expected / seconds - 1:{WIDTH}.0%}"
         print(f"{n:{WIDTH}}{rows // n:{WIDTH}}{times}{both}{measured[0] / seconds * (rows // n * n) / rows:{WIDTH}.2f}")
 
