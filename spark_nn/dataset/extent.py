@@ -19,20 +19,32 @@ class Extent:
         The smallest and the largest.
     whole : bool
         Whether all are whole numbers.
+    second, penult : float
+        The smallest but for those that equal `least`, and the largest but for those that equal `most`: what counts
+        where the outermost stands for no value. `least` and `most` where there are no others.
     """
 
     least: float
     most: float
     whole: bool
+    second: float
+    penult: float
 
     def __or__(self, other: Extent) -> Extent:
-        return Extent(min(self.least, other.least), max(self.most, other.most), self.whole and other.whole)
+        values = [each for part in (self, other) for each in (part.least, part.second, part.penult, part.most)]
+        least, most = min(values), max(values)
+        second = min((each for each in values if each > least), default=least)
+        penult = max((each for each in values if each < most), default=most)
+        return Extent(least, most, self.whole and other.whole, second, penult)
 
     @classmethod
     def of(cls, values: np.ndarray) -> Extent:
         """The extent of some numbers, at least one."""
         whole = values.dtype.kind in "iub" or bool((values == np.floor(values)).all())
-        return cls(float(values.min()), float(values.max()), whole)
+        least, most = values.min(), values.max()
+        above, below = values[values > least], values[values < most]
+        second, penult = (above.min() if above.size else least), (below.max() if below.size else most)
+        return cls(float(least), float(most), whole, float(second), float(penult))
 
     @classmethod
     def fromDict(cls, value: Mapping[str, Any]) -> Extent:
@@ -42,6 +54,10 @@ class Extent:
     def toDict(self) -> dict[str, Any]:
         """The extent as JSON can hold it."""
         return asdict(self)
+
+    def but(self, value: float | None) -> tuple[float, float]:
+        """The smallest and the largest number that is not this one."""
+        return self.second if self.least == value else self.least, self.penult if self.most == value else self.most
 
 
 def label_extents(block: Mapping[str, np.ndarray]) -> dict[str, Extent]:

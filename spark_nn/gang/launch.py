@@ -345,16 +345,17 @@ class Gang:
         error : BaseException or None
             How the Spark job ended.
         told : bool
-            Whether rank 0 came to its end.
+            Whether rank 0 came to its end, and left a result or a failure.
         alone : bool
             Whether the job did nothing else.
         """
         words = "" if error is None else str(error)
+        unread: StoreError | None = None
         try:
             failure = first_failure(left, self.world, _PATIENCE if error is not None and alone else 0.0)
             failure = failure and self._named(failure, left)
-        except StoreError:  # it may be what failed
-            failure = None
+        except StoreError as refused:  # it may be what failed
+            failure, unread = None, refused
         if failure is None and alone:
             failure = Failure.fromText(words)
         if failure is not None:
@@ -365,6 +366,8 @@ class Gang:
             unable = TrainingError(f"the gang could not run: {_words(error)}", transient=lost)
             unable.__cause__ = error
             return unable
+        if unread is not None:
+            return unread
         if told:
             return StoreError(
                 f"rank 0 has left no result in {left.url}: the store is not the same directory there as here"

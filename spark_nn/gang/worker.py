@@ -176,7 +176,7 @@ class GangTask:
             failure = Failure.fromText(process.failure) or Failure(
                 rank, host, "died", reason, when=time.time(), phase=process.phase, transient=True
             )
-            failure = replace(failure, log=_tail(log))
+            failure = replace(failure, log=_tail(log, card=bool(environment["CUDA_VISIBLE_DEVICES"])))
             if work.apart and rank and failure.kind == "died":
                 with contextlib.suppress(StoreError):  # rank 0 will find out by itself, and later
                     left.mkdir(LOST)
@@ -428,11 +428,13 @@ def _death(status: int) -> str:
     return f"the process ended with status {status} before it could say why"
 
 
-def _tail(log: IO[bytes]) -> str:
+def _tail(log: IO[bytes], *, card: bool) -> str:
     size = log.seek(0, os.SEEK_END)
     log.seek(max(0, size - _LOG_TAIL))
-    lines = log.read().decode(errors="replace").split("\n")
+    text = log.read().decode(errors="replace").strip()
+    if card:
+        return text
     # On a machine without a card TensorFlow says so as an error at every start, and it explains no failure. What else
     # is wrong with a card has another number.
     without_card = re.compile(r"failed call to cuInit: .*(\(303\)|CUDA_ERROR_NO_DEVICE)", re.IGNORECASE)
-    return "\n".join(line for line in lines if not without_card.search(line)).strip()
+    return "\n".join(line for line in text.split("\n") if not without_card.search(line)).strip()

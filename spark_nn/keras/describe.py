@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,13 @@ _PROBABILITIES = {
     "categoricalfocalcrossentropy",
 }
 _PAIRWISE = {"cosinesimilarity", "kldivergence", "hinge", "squaredhinge", "categoricalhinge"}
+# Hinges make -1 and 1 of 0 and 1.
+_BETWEEN = {
+    "poisson": (0, math.inf),
+    "meansquaredlogarithmicerror": (0, math.inf),
+    "hinge": (-1, 1),
+    "squaredhinge": (-1, 1),
+}
 
 
 def by_name(model: Any, outputs: Any) -> dict[str, Any]:
@@ -42,7 +50,9 @@ def by_name(model: Any, outputs: Any) -> dict[str, Any]:
     return dict(zip(names, outputs, strict=True)) if len(outputs) != 1 else {"": outputs[0]}
 
 
-def describe_outputs(model: Any, put_out: Any, manifest: Manifest) -> dict[str, dict[str, Any]]:
+def describe_outputs(
+    model: Any, put_out: Any, manifest: Manifest, weights: Mapping[int, float]
+) -> dict[str, dict[str, Any]]:
     """What a compiled model puts out, read from its losses and the shapes of its outputs.
 
     Parameters
@@ -53,6 +63,8 @@ def describe_outputs(model: Any, put_out: Any, manifest: Manifest) -> dict[str, 
         What it puts out for some rows.
     manifest : Manifest
         The rows, whose labels it is to learn.
+    weights : mapping of int to float
+        How much the rows of each class count.
 
     Returns
     -------
@@ -62,15 +74,16 @@ def describe_outputs(model: Any, put_out: Any, manifest: Manifest) -> dict[str, 
     Raises
     ------
     ParamError
-        There is no label for an output, or no output for a label.
+        There is no label for an output, or no output for a label; or a loss of classes has one unit.
     ColumnError
         The loss of an output cannot be taken of its labels.
     """
     outputs = by_name(model, put_out)
     check_labels(outputs, [tensor.key for tensor in manifest.role("label")])
     if not _own_step(model):
-        losses = {name: loss_of(model, name, list(outputs)) for name in outputs}
-        check_values({name: _taken(outputs[name], loss) for name, loss in losses.items()}, manifest)
+        counting = [name for name in outputs if _weight_of(model, name, list(outputs))]
+        losses = {name: loss_of(model, name, list(outputs)) for name in counting}
+        check_values({name: _taken(outputs[name], loss) for name, loss in losses.items()}, manifest, weights)
     return describe_model(model, put_out)
 
 
@@ -94,6 +107,16 @@ def loss_of(model: Any, output: str, outputs: Sequence[str]) -> Any:
     return keras.losses.get(given)
 
 
+def _weight_of(model: Any, output: str, outputs: Sequence[str]) -> float:
+    """How much the loss of an output counts."""
+    weights = model.get_compile_config().get("loss_weights")
+    if isinstance(weights, dict):
+        return float(weights.get(output, 1.0))
+    if isinstance(weights, (list, tuple)):
+        return float(weights[list(outputs).index(output)])
+    return 1.0 if weights is None else float(weights)
+
+
 def other_reduction(loss: Any) -> str | None:
     """A loss among those of a compiled model that is no mean over rows, and what it is; None where there is none."""
     losses = loss.values() if isinstance(loss, dict) else loss if isinstance(loss, (list, tuple)) else [loss]
@@ -108,26 +131,39 @@ def _own_step(model: Any) -> bool:
     """Whether a model computes its loss by code of its own, and its labels may be anything."""
     import keras
 
-    return any(getattr(type(model), each) is not getattr(keras.Model, each) for each in ("train_step", "compute_loss"))
+    return any(
+        getattr(getattr(model, each), "__func__", None) is not getattr(keras.Model, each)
+        for each in ("train_step", "compute_loss")
+    )
 
 
 def _taken(output: Any, loss: Any) -> Takes | None:
     """What a loss of Keras's takes for labels; None for others."""
     kind = loss if hasattr(loss, "__name__") else type(loss)
-    if not getattr(kind, "__module__", "").startswith("keras."):
+    if not (getattr(kind, "__module__", None) or "").startswith("keras."):
         return None
     shape = tuple(int(size) for size in output.shape[1:])
     size, name = int(np.prod(shape)), _plain_name(loss)
     if name == "sparsecategoricalcrossentropy":
-        if not shape or getattr(loss, "axis", -1) not in (-1, len(shape)):
+        if not shape or getattr(loss, "_fn_kwargs", {}).get("axis", -1) not in (-1, len(shape)):
             return None
-        ignored = getattr(loss, "ignore_class", None)
-        return Takes(kind.__name__, size // shape[-1], shape, 0, shape[-1] - 1, whole=True, ignored=ignored)
-    if name in _PROBABILITIES:
-        return Takes(kind.__name__, size, shape, 0, 1)
-    if name in _REGRESSION | _PAIRWISE:
-        return Takes(kind.__name__, size, shape, least=0 if name == "poisson" else -math.inf)
-    return None
+        taken = Takes(
+            *(kind.__name__, size // shape[-1], shape, 0, shape[-1] - 1),
+            classes=shape[-1],
+            numbered=True,
+            ignored=getattr(loss, "ignore_class", None),
+        )
+    elif name in _PROBABILITIES:
+        classes = shape[-1] if shape and name.startswith("categorical") else None
+        taken = Takes(kind.__name__, size, shape, 0, 1, classes=classes)
+    elif name in _REGRESSION | _PAIRWISE:
+        least, most = _BETWEEN.get(name, (-math.inf, math.inf))
+        taken = Takes(kind.__name__, size, shape, least, most)
+    else:
+        return None
+    # What a mask leaves out may have any label.
+    masked = getattr(output, "_keras_mask", None) is not None
+    return replace(taken, least=-math.inf, most=math.inf, numbered=False) if masked else taken
 
 
 def _plain_name(loss: Any) -> str:

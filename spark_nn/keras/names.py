@@ -22,6 +22,7 @@ from spark_nn.keras.known import BY_SHAPE, SHORT
 
 _HELPERS = ("deserialize", "get", "serialize")
 _KINDS = {"optimizer": "optimizer", "loss": "loss", "metrics": "metric"}
+_CROSS_ENTROPY = ("crossentropy", "ce")
 _LOG = logging.getLogger(__name__)
 # Seconds that a process may take to import Keras and judge names, which mostly takes five.
 _PATIENCE = 120
@@ -53,6 +54,11 @@ def check_name(param: str, value: Any) -> None:
         return
     if not isinstance(value, str) or (param == "metrics" and value.lower() in BY_SHAPE):
         return
+    if param == "loss" and value.lower() in _CROSS_ENTROPY:
+        raise ParamError(
+            f"loss={value!r}: Keras chooses among its cross-entropies by the labels of a batch, and here the loss is "
+            "known before: name 'binary_crossentropy', 'categorical_crossentropy' or 'sparse_categorical_crossentropy'"
+        )
     module = {"optimizer": keras.optimizers, "loss": keras.losses, "metrics": keras.metrics}[param]
     kind = _KINDS[param]
     try:
@@ -99,40 +105,42 @@ def check_names(names: Sequence[tuple[str, str]], backend: str) -> None:
     if hasattr(sys.modules.get("keras"), "saving"):  # one that could not be imported leaves less
         for param, name in names:
             check_name(param, name)
-    elif refusal := _refusal(tuple(names), backend):
+        return
+    try:
+        refusal = _refusal(tuple(names), backend)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        _LOG.info("names of Keras's are left to the workers to judge: %s", error)
+        return
+    if refusal:
         raise ParamError(refusal)
 
 
 @functools.cache
 def _refusal(names: tuple[tuple[str, str], ...], backend: str) -> str:
-    """What Keras in another process has against names: empty for nothing, and where it cannot be asked."""
-    if importlib.util.find_spec("keras") is None:  # finds the package, and runs nothing of it
+    """What Keras in another process has against names: empty for nothing, and where there is none to ask."""
+    if not sys.executable or importlib.util.find_spec("keras") is None:  # finds the package, and runs nothing of it
         return ""
     command = [sys.executable, "-P", "-c", f"from {__name__} import answer; answer()"]
-    try:
-        with TemporaryDirectory(prefix="spark_nn-") as folder:
-            environment = {
-                **os.environ,
-                **backends.environment(backend),
-                "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
-                "CUDA_VISIBLE_DEVICES": "",  # an optimizer is made to see whether it can be, and needs no card for that
-                # What Keras and its backend leave behind where they are imported.
-                "KERAS_HOME": folder,
-                "TMPDIR": folder,
-            }
-            done = subprocess.run(
-                command,
-                input=json.dumps(names),
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=_PATIENCE,
-                check=True,
-            )
-        refusal: str = json.loads(done.stdout.splitlines()[-1])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-        _LOG.info("names of Keras's are left to the workers to judge: %s", error)
-        return ""
+    with TemporaryDirectory(prefix="spark_nn-") as folder:
+        environment = {
+            **os.environ,
+            **backends.environment(backend),
+            "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path)),
+            "CUDA_VISIBLE_DEVICES": "",  # an optimizer is made to see whether it can be, and needs no card for that
+            # What Keras and its backend leave behind where they are imported.
+            "KERAS_HOME": folder,
+            "TMPDIR": folder,
+        }
+        done = subprocess.run(
+            command,
+            input=json.dumps(names),
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE,
+            check=True,
+        )
+    refusal: str = json.loads(done.stdout.splitlines()[-1])
     return refusal
 
 

@@ -75,7 +75,7 @@ class ParameterTrainer(KerasTrainer):
                 "have a scale of its own; use mixed_bfloat16, or train in step"
             )
         backends.current().ready(model)
-        outputs = describe_outputs(model, put_out, manifest)
+        outputs = describe_outputs(model, put_out, manifest, self.schedule.classWeights)
         order = tuple(outputs) if isinstance(put_out, (list, tuple)) and len(outputs) > 1 else None
         if gang.rank:
             self._pace(model, data.steps, workers)

@@ -91,7 +91,7 @@ class ShardedTrainer(KerasTrainer):
                     take_optimizer(model, before)
                     del before  # which is as large as the model
                 _check_alike(gang, model)
-                outputs = describe_outputs(model, put_out, manifest)
+                outputs = describe_outputs(model, put_out, manifest, self.schedule.classWeights)
                 self.recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
                 self._check_loadable(model)
                 order = tuple(outputs) if isinstance(put_out, (list, tuple)) and len(outputs) > 1 else None

@@ -25,6 +25,7 @@ from spark_nn.gang.collective import Engine
 from spark_nn.gang.context import GangContext
 from spark_nn.keras import backends, codec
 from spark_nn.keras.backends import Backend
+from spark_nn.keras.backends.imports import lean
 from spark_nn.keras.customs import Customs
 from spark_nn.keras.describe import describe_outputs, other_reduction
 from spark_nn.keras.draw import draw
@@ -114,7 +115,8 @@ class KerasTrainer(Trainer):
         """Train in step with the other ranks and publish the model from rank 0."""
         clock = [time.monotonic()]
         gang.progress.update(phase="import")
-        room = backends.room(self.recipe.backend)
+        with lean(self.recipe.backend):
+            room = backends.room(self.recipe.backend)
         import keras
 
         from spark_nn.keras.callbacks import Reporting, Session, chosen
@@ -134,7 +136,7 @@ class KerasTrainer(Trainer):
         self._compile(model, gang.world)
         if before is not None:
             take_optimizer(model, before)
-        outputs = describe_outputs(model, put_out, manifest)
+        outputs = describe_outputs(model, put_out, manifest, self.schedule.classWeights)
         self.recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
         order = tuple(outputs) if isinstance(put_out, (list, tuple)) and len(outputs) > 1 else None
         feed = Feed(data, self.schedule.classWeights, order)
@@ -241,7 +243,9 @@ class KerasTrainer(Trainer):
 
 def prepare() -> None:
     """Import what every training on this process's backend needs, without starting any of it."""
-    backends.room(os.environ["KERAS_BACKEND"]).prepare()
+    backend = os.environ["KERAS_BACKEND"]
+    with lean(backend):
+        backends.room(backend).prepare()
 
     import spark_nn.keras.callbacks
     import spark_nn.keras.resume

@@ -154,16 +154,22 @@ def _of_outputs(put_out: dict[str, Any], loss: Any) -> dict[str, Any]:
 
 def _taken(loss: Any, shape: tuple[int, ...]) -> Takes | None:
     kind = type(loss) if is_module(loss) else loss
-    if not isinstance(loss, str) and not getattr(kind, "__module__", "").startswith("torch."):
+    if not isinstance(loss, str) and not (getattr(kind, "__module__", None) or "").startswith("torch."):
         return None
     name, size = _plain_name(loss), int(np.prod(shape))
     shown = loss if isinstance(loss, str) else kind.__name__
-    if name in ("crossentropy", "nll", "multimargin") and shape and shape[0] > 1:
-        ignored = getattr(loss, "ignore_index", -100) if name != "multimargin" else None
-        soft = name == "crossentropy"
-        return Takes(shown, size // shape[0], shape, 0, shape[0] - 1, whole=True, ignored=ignored, soft=soft)
+    if name in ("crossentropy", "nll", "multimargin") and shape:
+        return Takes(
+            *(shown, size // shape[0], shape, 0, shape[0] - 1),
+            classes=shape[0],
+            numbered=True,
+            ignored=getattr(loss, "ignore_index", -100) if name != "multimargin" else None,
+            soft=name == "crossentropy",
+        )
     if name in _BINARY:
         return Takes(shown, size, shape, 0, 1)
+    if name in ("softmargin", "hingeembedding"):
+        return Takes(shown, size, shape, signs=True)
     if name in _REGRESSION:
         return Takes(shown, size, shape, least=0 if name == "poissonnll" else -math.inf)
     return None

@@ -143,7 +143,7 @@ class TorchTrainer(Trainer):
         if not stepped:
             check_labels(put_out, [tensor.key for tensor in manifest.role("label")])
         outputs = losses.describe(put_out, recipe.blueprint.loss)
-        check_values(losses.takes(put_out, recipe.blueprint.loss), manifest)
+        check_values(losses.takes(put_out, recipe.blueprint.loss), manifest, self.schedule.classWeights)
         described = recipe.outputs.of({name: Output.fromDict(output) for name, output in outputs.items()})
         tally = Tally(recipe.blueprint.metrics, described, device)
         with opened as averager:

@@ -10,6 +10,7 @@ ELSEWHERE = {
     "column … holds … values,": "torch/test_fit.py::test_what_cannot_be_is_refused_before_anything_starts",
     "column … has rows": "test_estimator.py::test_errors_that_only_the_rows_can_show_are_raised_before_training",
     "…=…: there already": "test_estimator.py::test_output_columns_by_name",
+    "loss … tells classes": "test_labels.py::test_what_it_does_not_take_is_told",
     "… has … for each": "test_labels.py::test_what_it_does_not_take_is_told",
     "… has …, and the": "test_labels.py::test_what_it_does_not_take_is_told",
     "the function of a model was called with …": "test_evaluation.py::"

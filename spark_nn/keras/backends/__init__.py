@@ -39,7 +39,6 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from spark_nn.errors import ClusterError
-from spark_nn.keras.backends.imports import lean
 
 Backend = Literal["tensorflow", "jax", "torch"]
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -60,8 +59,7 @@ def room(backend: str) -> Any:
         Its framework is not installed here.
     """
     try:
-        with lean(backend):
-            return importlib.import_module(f"{__name__}.{backend}")
+        return importlib.import_module(f"{__name__}.{backend}")
     except ModuleNotFoundError as error:
         if error.name != backend:
             raise

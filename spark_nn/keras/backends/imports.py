@@ -1,7 +1,10 @@
 """Importing Keras without the packages that it only offers an interface to.
 
-Where scikit-learn, matplotlib or JAX are installed, Keras and TensorFlow import them for wrappers and converters that
-no training and no scoring calls. That is two fifths of the time that a worker needs before it can begin.
+Where scikit-learn, matplotlib or JAX are installed, Keras and TensorFlow import them for wrappers, galleries of images
+and converters that no training calls. That is two fifths of the time that a process needs before it can train.
+
+Keras looks for them once, so that its wrappers stay without them for the life of the process. So this is for processes
+of our own, and not for Spark's Python workers, which others use as well.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class _Refusing(importlib.abc.MetaPathFinder):
 
 @contextlib.contextmanager
 def lean(backend: str) -> Iterator[None]:
-    """Import Keras in the block as where none of these packages is installed; what follows the block has them.
+    """Import Keras in the block as where none of these packages is installed; who imports them later has them.
 
     Where Keras is there already, nothing is different.
 
