@@ -130,4 +130,4 @@ def test_where_keras_cannot_be_asked_the_workers_are(monkeypatch, caplog):
 @pytest.mark.parametrize("name", ["ce", "crossentropy", "CE"])
 def test_a_loss_that_keras_would_choose_is_to_be_named(name):
     with pytest.raises(ParamError, match=f"loss='{name}': Keras chooses among its cross-entropies by the labels"):
-        check_name("loss", name)
+        names.check_name("loss", name)
