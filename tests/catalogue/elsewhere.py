@@ -19,6 +19,7 @@ ELSEWHERE = {
     "the output columns": "keras/test_udf.py::test_what_is_refused_when_the_function_is_made",
     "the function given as": "keras/test_fit.py::test_a_function_that_returns_no_model_is_named",
     "loss is not set and": "keras/test_fit.py::test_models_that_cannot_be_trained_are_refused_on_the_driver",
+    "loss=…: Keras chooses": "keras/test_names.py::test_a_loss_that_keras_would_choose_is_to_be_named",
     "…=…: Keras has": "keras/test_fit.py::test_names_that_keras_does_not_know_are_told_with_near_ones",
     "lrSchedulerInterval='step',": "torch/test_fit.py::test_what_only_the_worker_can_see_is_refused_there",
     "the model does not take the": "keras/test_columns.py::test_a_model_that_does_not_fit_its_columns_is_told_so",

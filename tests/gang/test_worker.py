@@ -87,8 +87,9 @@ def test_of_what_a_process_printed_only_the_missing_card_is_left_out():
         "out of memory",
     ]
     log = io.BytesIO("\n".join([*told[:2], missing[0], *told[2:], missing[1], ""]).encode())
-    assert _tail(log) == "\n".join(told)
-    assert _tail(io.BytesIO(f"{missing[0]}\n".encode())) == ""
+    assert _tail(log, card=False) == "\n".join(told)
+    for card in (False, True):
+        assert _tail(io.BytesIO(f"{missing[0]}\n".encode()), card=card) == (missing[0] if card else "")
 
 
 def failure(rank, kind, when):

@@ -125,3 +125,9 @@ def test_where_keras_cannot_be_asked_the_workers_are(monkeypatch, caplog):
         patch.setattr(importlib.util, "find_spec", lambda name: None)
         patch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
         names.check_names([("loss", "of a driver without Keras")], "tensorflow")
+
+
+@pytest.mark.parametrize("name", ["ce", "crossentropy", "CE"])
+def test_a_loss_that_keras_would_choose_is_to_be_named(name):
+    with pytest.raises(ParamError, match=f"loss='{name}': Keras chooses among its cross-entropies by the labels"):
+        names.check_name("loss", name)
