@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -102,9 +103,7 @@ class Report:
             pause, spent = now - self.began - self.spent, self.spent
         # An epoch that another attempt began took as long as its rest suggests.
         spent *= self.steps / (self.steps - self.first)
-        history = {name: list(values) for name, values in self.progress.state.history.items()}
-        for name, value in logs.items():
-            history.setdefault(name, []).append(value)
+        history = extended(self.progress.state.history, logs, len(self.progress.state.seconds))
         seconds = [*self.progress.state.seconds, spent]
         self.progress.update(history=history, seconds=seconds, phase="training", pause=pause)
         if self.events is not None:
@@ -137,3 +136,9 @@ class Report:
                 "publish": time.monotonic() - trained,
             },
         )
+
+
+def extended(history: Mapping[str, Sequence[Any]], logs: Mapping[str, Any], epochs: int) -> dict[str, list[Any]]:
+    """A history of so many epochs and the logs of the next one; NaN stands where an epoch has nothing by a name."""
+    before = [math.nan] * epochs
+    return {name: [*history.get(name, before), logs.get(name, math.nan)] for name in dict.fromkeys([*history, *logs])}

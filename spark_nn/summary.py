@@ -19,7 +19,8 @@ class TrainingSummary:
     ----------
     history : dict of str to list
         For each metric its value after each epoch (a list, where it has one per class), over the rows of all
-        workers: ``loss`` and the model's metrics, the same with ``val_`` where there are validation rows.
+        workers: ``loss`` and the model's metrics, the same with ``val_`` where there are validation rows. NaN for an
+        epoch that does not have it.
     rows : int
         Rows trained on.
     validationRows : int

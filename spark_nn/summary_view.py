@@ -49,7 +49,9 @@ def plot(summary: TrainingSummary, metrics: Sequence[str] | None, ax: Any) -> li
     for axis, (name, series) in zip(axes, panels.items(), strict=False):
         for label, values in series.items():
             style = {"color": _COLOURS[label.startswith(_VALIDATION)]} if len(set(map(id, axes))) == len(axes) else {}
-            axis.plot(range(1, len(values) + 1), values, label=label, marker="." if len(values) < 30 else None, **style)
+            known = _known(values)
+            epochs, numbers = [epoch for epoch, _ in known], [value for _, value in known]
+            axis.plot(epochs, numbers, label=label, marker="." if len(known) < 30 else None, **style)
         axis.set_xlabel("epoch")
         if len(panels) == 1 or axes.count(axis) == 1:
             axis.set_ylabel(name)
@@ -192,7 +194,7 @@ def _drawing(series: Mapping[str, list[Any]]) -> str:
         parts.append(f'<text x="{x}" y="{bottom + 12}" text-anchor="middle">{epoch}</text>')
     for number, (label, values) in enumerate(series.items()):
         colour = _COLOURS[label.startswith(_VALIDATION)]
-        known = [(epoch, value) for epoch, value in enumerate(values, 1) if math.isfinite(value)]
+        known = _known(values)
         points = " ".join(place(epoch, value) for epoch, value in known)
         parts.append(f'<polyline points="{points}" stroke="{colour}" stroke-width="1.5" fill="none"/>')
         if len(known) < 30:
@@ -206,6 +208,11 @@ def _drawing(series: Mapping[str, list[Any]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" '
         f'font-family="sans-serif" font-size="10" fill="currentColor">{"".join(parts)}</svg>'
     )
+
+
+def _known(values: Sequence[float]) -> list[tuple[int, float]]:
+    """The epochs that have a number, and what it is."""
+    return [(epoch, value) for epoch, value in enumerate(values, 1) if math.isfinite(value)]
 
 
 def _is_number(value: Any) -> bool:

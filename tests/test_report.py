@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
+import numpy as np
 import pytest
 
 from spark_nn import report as module
 from spark_nn.checkpoint import Place
-from spark_nn.gang.progress import Reporter
+from spark_nn.gang.progress import Reporter, State
 from spark_nn.report import Report
 
 
@@ -55,6 +59,19 @@ def test_only_training_counts_into_the_rate_and_a_validation_is_timed(clock):
     report.end_epoch({"loss": 0.25})
     assert (progress.state.pause, progress.state.seconds) == (0.0, [11.0, 4.0])
     assert progress.state.history == {"loss": [0.5, 0.25]}
+
+
+def test_what_an_epoch_does_not_have_is_nan_wherever_the_history_goes(clock):
+    progress = Silent()
+    report = Report(progress, 4, 1, 10, Place(0, 0))
+    for epoch, logs in enumerate([{"loss": 4.0}, {"loss": 3.0, "auc": 0.5}, {"loss": 2.0}, {"loss": 1.0, "auc": 0.75}]):
+        report.begin_epoch(epoch)
+        clock.now += 1
+        report.end_epoch(logs)
+    history = State.fromDict(json.loads(json.dumps(asdict(progress.state)))).history
+    assert list(history) == ["loss", "auc"]
+    np.testing.assert_array_equal(history["loss"], [4.0, 3.0, 2.0, 1.0])
+    np.testing.assert_array_equal(history["auc"], [np.nan, 0.5, np.nan, 0.75])
 
 
 def test_the_loss_so_far_is_due_twice_a_second_and_only_where_somebody_is_told(clock):

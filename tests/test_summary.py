@@ -125,6 +125,7 @@ def test_plots_show_a_metric_with_its_validation():
     ]
     assert list(lines(axes[2])) == ["val_<i>"]
     assert axes[0].get_lines()[0].get_xdata().tolist() == [1, 2, 3, 4]
+    assert axes[2].get_lines()[0].get_xdata().tolist() == [1, 3]  # joined where an epoch has none
     _, given = pyplot.subplots(2)
     assert summary().plot(["auc", "loss"], given) == list(given)
     assert [list(lines(axis)) for axis in given] == [["auc"], ["loss", "val_loss"]]

@@ -33,6 +33,7 @@ from spark_nn.keras.feed import Feed
 from spark_nn.keras.rate import learning_rate
 from spark_nn.keras.training import INITIAL_MODEL, KerasTrainer, fetched, take_optimizer, take_weights
 from spark_nn.outputs import Output
+from spark_nn.report import extended
 from spark_nn.store import RunDir
 from spark_nn.tracking.events import Events
 from spark_nn.trainer import Trained, publish
@@ -208,17 +209,16 @@ class ParameterServer:
         while (told := self._told.get(len(progress.state.seconds))) and expected <= told.keys():
             number, now = len(progress.state.seconds), time.monotonic()
             rows = sum(news["rows"] for news in told.values())
-            history = {name: list(values) for name, values in progress.state.history.items()}
+            logs: dict[str, float] = {}
             for name in dict.fromkeys(name for news in told.values() for name in news["logs"]):
                 weighted = [news["logs"].get(name, np.nan) * news["rows"] for news in told.values()]
-                history.setdefault(name, []).append(float(sum(weighted) / rows))
-            history.setdefault("updates", []).append(self.updates)
-            history.setdefault("workers", []).append(len(told))
+                logs[name] = float(sum(weighted) / rows)
+            logs |= {"updates": self.updates, "workers": len(told)}
+            history = extended(progress.state.history, logs, number)
             seconds = [*progress.state.seconds, now - self._began]
             self._began = now
             progress.update(epoch=number + 1, history=history, seconds=seconds)
             if self.events is not None:
-                logs = {name: values[-1] for name, values in history.items()}
                 self.events.epoch(number, logs, learning_rate(self.model.optimizer), rows / seconds[-1])
 
 

@@ -15,10 +15,11 @@ from spark_nn.torch.blueprint import is_module
 _STEPS = ("training_step", "configure_optimizers")
 # What Lightning's trainer calls in a fit, and the loop does not.
 _NOT_CALLED = (
-    *("setup", "teardown", "configure_model", "configure_sharded_model", "configure_callbacks", "backward"),
-    *("optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step"),
+    *("prepare_data", "setup", "teardown", "configure_model", "configure_sharded_model", "configure_callbacks"),
+    *("backward", "optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step"),
     *("training_step_end", "training_epoch_end", "validation_step_end", "validation_epoch_end"),
     *("on_fit_start", "on_fit_end", "on_train_start", "on_train_end", "on_train_batch_start", "on_train_batch_end"),
+    *("on_epoch_start", "on_epoch_end", "on_pretrain_routine_start", "on_pretrain_routine_end"),
     *("on_validation_start", "on_validation_end", "on_validation_batch_start", "on_validation_batch_end"),
     *("on_validation_model_eval", "on_validation_model_train", "on_validation_model_zero_grad"),
     *("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"),

@@ -97,7 +97,7 @@ class Loop:
     def _epoch(self, feed: Feed, validation: Feed | None, epoch: int, start: int) -> None:
         self.gang.collective.mark(epoch, 0)  # ranks that meet in different epochs are told so
         self.report.begin_epoch(epoch)
-        self.module.train()
+        self.objective.turn(self.module, "training")
         self.objective.begin("training", epoch)
         for step, (inputs, labels, weights, rows) in enumerate(feed.batches(epoch, start), start + 1):
             self._step(inputs, labels, weights, rows, Place(epoch, step))
@@ -174,7 +174,7 @@ class Loop:
         return values
 
     def _validated(self, validation: Feed, epoch: int) -> dict[str, Any]:
-        self.module.eval()
+        self.objective.turn(self.module, "validation")
         self.objective.begin("validation", epoch)
         more = self._more(validation)  # asked before, since a rank that waits for the answer goes no way forward
         # What is made in inference mode may not take part in a backward pass later, and parameters are made anew.

@@ -21,6 +21,13 @@ class Objective:
     def __init__(self, criterion: Criterion | None) -> None:
         self.criterion = criterion
 
+    def turn(self, module: Any, phase: Phase) -> None:
+        """Have the network's layers compute as in training or as in evaluation."""
+        if phase == "training":
+            module.train()
+        else:
+            module.eval()
+
     def begin(self, phase: Phase, epoch: int) -> None:
         """Begin an epoch's training, or go on with it, or its validation."""
 

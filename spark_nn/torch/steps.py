@@ -75,6 +75,20 @@ class Steps(Objective):
         self._rows, self._seen = 1, 0
         self._ended: dict[str, float] | None = None  # what is logged while an epoch ends
         self._monitor: str | None = None
+        self._held: dict[str, bool] | None = None  # of the module's parts, while they compute as in evaluation
+        self._trained: set[str] = set()  # what training rows have been logged by in any epoch
+        self._bare: set[str] = set()  # and validation rows, without a prefix
+        self._asking = _asking(module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a training that goes on has to know: which parts are in training, and the names so far."""
+        modes = _modes(self.module) if self._held is None else self._held
+        return {"modes": modes, "trained": sorted(self._trained), "bare": sorted(self._bare)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave."""
+        _set_modes(self.module, state["modes"])
+        self._trained, self._bare = set(state["trained"]), set(state["bare"])
 
     def configured(self) -> tuple[Any, Any, Literal["epoch", "step"]]:
         """The module's optimizer, its scheduler or None, and when this makes its step.
@@ -119,12 +133,35 @@ class Steps(Objective):
         self._monitor = config["monitor"]
         return found, scheduler, config["interval"]
 
+    def turn(self, module: Any, phase: Phase) -> None:
+        """See :meth:`Objective.turn`; a part that the module's own code has put into evaluation stays there."""
+        if phase == "validation":
+            self._held = _modes(module)
+            module.eval()
+        elif self._held is not None:
+            _set_modes(module, self._held)
+            self._held = None
+
     def begin(self, phase: Phase, epoch: int) -> None:
-        """See :meth:`Objective.begin`."""
+        """See :meth:`Objective.begin`.
+
+        Raises
+        ------
+        ParamError
+            The module trains other parameters than those whose gradients are averaged.
+        """
         self.trainer.current_epoch, self._rows, self._seen = epoch, 1, 0
         self.trainer.training, self.trainer.validating = phase == "training", phase == "validation"
         if defines(type(self.module), hook := f"{_HOOKS[phase]}_start"):
             getattr(self.module, hook)()
+        asking = _asking(self.module)
+        if phase == "training" and asking != self._asking:
+            changed = sorted({name for name, _ in asking.items() ^ self._asking.items()})
+            raise ParamError(
+                f"{type(self.module).__name__} changed requires_grad of {', '.join(changed[:5])} after it was built, "
+                "and gradients are averaged of the parameters that had it then: set it in __init__, or make two fits, "
+                "the second with initialModel and a module that sets it otherwise"
+            )
 
     def batch(self, forward: Any, inputs: Any, labels: Any, weights: Any, rows: int, number: int) -> tuple[Any, Any]:
         """See :meth:`Objective.batch`; what the network puts out is the module's affair."""
@@ -179,8 +216,18 @@ class Steps(Objective):
                 self.tally.log(name, value, count)
 
     def named(self, validated: dict[str, Any], logs: dict[str, Any]) -> dict[str, Any]:
-        """See :meth:`Objective.named`: the module's own names, but for those that training rows have, too."""
-        return {f"val_{name}" if name in logs else name: value for name, value in validated.items()}
+        """See :meth:`Objective.named`: the module's own names, but for those that training rows have, too.
+
+        They need not have them in every epoch: where they come by one only now, what validation rows had by it in the
+        history is given the other name.
+        """
+        self._trained |= logs.keys()
+        if late := self._bare & self._trained:
+            history = self.gang.progress.state.history
+            names = {name: f"val_{name}" if name in late else name for name in history}
+            self.gang.progress.update(history={names[name]: values for name, values in history.items()})
+        self._bare = (self._bare | validated.keys()) - self._trained
+        return {f"val_{name}" if name in self._trained else name: value for name, value in validated.items()}
 
     def watched(self, logs: dict[str, Any]) -> float:
         """See :meth:`Objective.watched`.
@@ -212,7 +259,8 @@ class Steps(Objective):
         sync_dist_group: Any = None,
         add_dataloader_idx: bool = True,
         batch_size: int | None = None,
-        **_: Any,
+        metric_attribute: str | None = None,
+        rank_zero_only: bool = False,
     ) -> None:
         """What the module finds as `self.log`: the history gets the mean over the epoch's rows of all ranks.
 
@@ -228,6 +276,8 @@ class Steps(Objective):
             Lightning knows others.
         batch_size : int, optional
             Rows that the value counts for, in place of the batch's.
+        rank_zero_only : bool
+            Whether the numbers of the first worker alone count.
 
         Raises
         ------
@@ -243,10 +293,27 @@ class Steps(Objective):
                 f"self.log({name!r}, ...) was given a {type(value).__name__}: it must be a number, a tensor of one "
                 "element, or a torchmetrics.Metric that is an attribute of the module"
             )
+        if rank_zero_only and self.gang.rank:
+            return
         if self._ended is not None:
             self._ended[name] = float(value)
         else:
             self.tally.log(name, value, batch_size or self._rows)
+
+
+def _asking(module: Any) -> dict[str, bool]:
+    """Which parameters of a network require gradients, by their names."""
+    return {name: each.requires_grad for name, each in module.named_parameters()}
+
+
+def _modes(module: Any) -> dict[str, bool]:
+    """Which parts of a network compute as in training, by their names."""
+    return {name: each.training for name, each in module.named_modules()}
+
+
+def _set_modes(module: Any, modes: dict[str, bool]) -> None:
+    for name, each in module.named_modules():
+        each.training = modes.get(name, each.training)
 
 
 def _typed(label: Any) -> Any:

@@ -74,7 +74,7 @@ class Keeper:
     module : torch.nn.Module
         The network.
     states : dict
-        What else changes by the averaged gradient alone, and has a ``state_dict``: optimizer, scheduler, scaler.
+        What else is alike on all ranks, and has a ``state_dict``: optimizer, scheduler, scaler, a module's own steps.
     tally : Tally
         What has been counted in an epoch.
     steps : int

@@ -159,7 +159,8 @@ class TorchTrainer(Trainer):
                 optimizer = _optimizer(recipe, module)
                 scheduler = _scheduler(recipe, optimizer)
             scaler = torch.amp.GradScaler(device.type) if recipe.mixedPrecision == "fp16" else None
-            parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+            steps = objective if stepped else None
+            parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler, "steps": steps}
             states = {name: each for name, each in parts.items() if each is not None}
             keeper = sync.Keeper(gang, checkpoints, module, states, tally, data.steps)
             place = keeper.restore()
@@ -221,6 +222,7 @@ class TorchTrainer(Trainer):
         module = self.recipe.blueprint.build()
         if self.recipe.blueprint.loss is None:
             lightning.check(module, validates=self.recipe.validates)
+        modes = [(each, each.training) for each in module.modules()]
         try:
             codec.settle(module, specs)
             if self.recipe.weights is not None:
@@ -229,9 +231,9 @@ class TorchTrainer(Trainer):
                     gang.run.get(WEIGHTS, Path(local.name))
                     tensors, _ = codec.read(local.name)
                 codec.fill(module, tensors, self.recipe.weights)
-            training = module.training
             put_out = codec.by_name(codec.forward(module.eval(), codec.example(specs)))
-            module.train(training)
+            for each, training in modes:
+                each.training = training
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             raise misfit(inputs, "each argument of the model's forward as that does", error) from error
         return module, put_out

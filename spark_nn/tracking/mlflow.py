@@ -181,7 +181,10 @@ def _text(value: Any) -> str | None:
 def _scalars(history: Mapping[str, list[Any]]) -> Iterator[tuple[str, int, float]]:
     """Each metric's name, epoch and value; a metric of several has a name for each."""
     for name, values in history.items():
+        several = any(map(np.ndim, values))
         for epoch, value in enumerate(values):
+            if several and not np.ndim(value):  # an epoch that has none of them
+                continue
             for place, each in enumerate(np.ravel(value).tolist()):
                 yield f"{name}/{place}" if np.ndim(value) else name, epoch, float(each)
 

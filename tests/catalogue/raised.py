@@ -103,6 +103,12 @@ def stepping():
     return steps.Steps(SimpleNamespace(world=1, rank=0), module, tally, 1, 1)
 
 
+def frozen_late():
+    found = stepping()
+    found.module.requires_grad_(False)
+    found.begin("training", 0)
+
+
 def returned_nothing():
     found = stepping()
     found.batch(found.module, torch.ones(1, 1), torch.ones(1), None, 1, 0)
@@ -349,6 +355,7 @@ DRIVER = {
     "… has no validation_step": lambda: TorchEstimator(model=Stepping, validationFraction=0.1)._check(),
     "….configure_optimizers returned": lambda: stepping().configured(),
     "….training_step returned": returned_nothing,
+    "… changed requires_grad of": frozen_late,
     "the scheduler's monitor": lambda: stepping().watched({"loss": 1.0}),
     "self.log(…, reduce_fx": lambda: stepping().log("x", 1.0, reduce_fx="max"),
     "self.log(…, ...)": lambda: stepping().log("x", "y"),

@@ -22,10 +22,11 @@ class Net(LightningModule):
         self.save_hyperparameters()
         self.net = models.mlp(units=units)
         self.spare = torch.nn.Linear(2, 2)  # which forward and the steps do without
+        self.still = torch.nn.Dropout(0.9).eval()  # which would be noticed in training
         self.accuracy, self.held, self.positive = BinaryAccuracy(), BinaryAccuracy(), SumMetric()
 
     def forward(self, x):
-        return self.net(x)
+        return self.net(self.still(x))
 
     def measured(self, batch):
         x, y = batch
@@ -55,12 +56,15 @@ class Net(LightningModule):
         self.held.update(output.sigmoid(), y)
         self.log("val_loss", loss)
         self.log("size", len(y))
+        self.log("late", 3.0)
 
     def on_train_epoch_start(self):
         self.seen = torch.zeros(())
 
     def on_train_epoch_end(self):
         self.log("positive_of_a_rank", self.seen)
+        if self.current_epoch == 1:
+            self.log("late", 1.0)
         self.log("half", self.global_step / self.trainer.estimated_stepping_batches)
 
     def on_validation_epoch_end(self):
@@ -99,6 +103,18 @@ class Manual(Bare):
 class Hooked(Bare):
     def on_after_backward(self):
         pass
+
+
+class Thawing(Bare):
+    """Puts a part into evaluation, and later trains what it did not."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[0].requires_grad_(False).eval()
+
+    def on_train_epoch_start(self):
+        self.net[2].eval()
+        self.net[0].requires_grad_(self.current_epoch == 2)
 
 
 class Asking(Bare):

@@ -19,6 +19,10 @@ from tests.torch import models
 
 pytest.importorskip("pytorch_lightning")
 
+from pytorch_lightning.core import hooks
+
+from spark_nn.report import extended
+from spark_nn.torch.lightning import check
 from spark_nn.torch.metrics import Tally
 from spark_nn.torch.objective import Objective
 from spark_nn.torch.steps import Steps
@@ -107,8 +111,11 @@ def test_workers_equal_a_loop_in_one_process_and_the_history_has_what_is_logged(
     accuracy = ((output[:, 0] > 0) == target).float().mean().item()
     for name in ("val_accuracy", "val_accuracy_too"):
         np.testing.assert_allclose(told[name][-1], accuracy, rtol=1e-6)
+    # What training logs in the second epoch for the first time, and validation in both.
+    np.testing.assert_array_equal([told["late"], told["val_late"]], [[np.nan, 1.0], [3.0, 3.0]])
+    assert fitted.summary.toPandas()["late"].isna().tolist() == [True, False]
     assert {*told} == {
-        *(*history, "train_loss", "positive_of_a_rank", "learning_rate"),
+        *(*history, "train_loss", "positive_of_a_rank", "learning_rate", "late", "val_late"),
         *("val_loss", "val_accuracy", "val_accuracy_too", "val_size"),
     }
 
@@ -237,6 +244,55 @@ def test_every_form_of_optimizers_is_taken_or_refused():
             configured(returned)
 
 
+def test_parts_in_evaluation_stay_there_and_what_is_trained_stays_the_same():
+    found, _ = steps(module := lit.Thawing())
+
+    def evaluated(module):
+        return [name for name, each in module.named_modules() if not each.training]
+
+    for epoch in range(2):
+        found.turn(module, "training")
+        found.begin("training", epoch)
+        assert evaluated(module) == ["net.0", "net.2"]
+        found.turn(module, "validation")
+        assert len(evaluated(module)) == len([*module.modules()])
+        again, _ = steps(other := lit.Thawing())
+        again.load_state_dict(json.loads(json.dumps(found.state_dict())))
+        assert evaluated(other) == ["net.0", "net.2"]
+    with pytest.raises(ParamError, match="Thawing changed requires_grad of net.0.bias, net.0.weight after"):
+        found.begin("training", 2)
+
+
+def test_a_name_of_validation_is_one_in_all_epochs():
+    found, _ = steps(lit.Net())
+    history, told = {}, []
+    found.gang.progress = SimpleNamespace(state=SimpleNamespace(), update=lambda history: told.append(history))
+    for epoch, trained in enumerate([{"a": 1}, {}, {"b": 1}, {}]):
+        found.gang.progress.state.history = history
+        logs = {"loss": 0, **trained}
+        logs.update(found.named({"a": 2, "b": 3, "c": 4}, logs))
+        history = extended(told.pop() if told else history, logs, epoch)
+        again, _ = steps(lit.Net())
+        again.load_state_dict(json.loads(json.dumps(found.state_dict())))
+        again.gang, found = found.gang, again
+    nan = np.nan
+    expected = {"a": [1, nan, nan, nan], "b": [nan, nan, 1, nan], "val_a": [2] * 4, "val_b": [3] * 4, "c": [4] * 4}
+    assert {*history} == {"loss", *expected}
+    for name, values in expected.items():
+        np.testing.assert_array_equal(history[name], values, err_msg=name)
+
+
+def test_every_hook_of_a_fit_is_called_or_refused():
+    called = ("on_train_epoch_start", "on_train_epoch_end", "on_validation_epoch_start", "on_validation_epoch_end")
+    known = {name for kind in (hooks.ModelHooks, hooks.DataHooks, hooks.CheckpointHooks) for name in vars(kind)}
+    apart = [name for name in known if name[0] == "_" or "test" in name or "predict" in name or "dataloader" in name]
+    refused = known.difference(called, apart) | {"on_epoch_start", "on_epoch_end"}
+    assert len(refused) > 25
+    for name in refused:
+        with pytest.raises(ParamError, match=f"Hooked defines {name}, which"):
+            check(type("Hooked", (lit.Bare,), {name: lambda self: None})())
+
+
 def test_what_is_logged_counts_by_rows_and_ranks():
     """And survives a checkpoint."""
     states = []
@@ -262,6 +318,12 @@ def test_what_is_logged_counts_by_rows_and_ranks():
     ):
         with pytest.raises(ParamError, match=message):
             found.log("x", **arguments)
+    with pytest.raises(TypeError, match="batchsize"):
+        found.log("x", 1.0, batchsize=3)
+    for rank in (0, 1):
+        found.gang.rank = rank
+        found.log("of_rank_0", float(rank), rank_zero_only=True, metric_attribute=None)
+    assert tally.logged["of_rank_0"] == [0.0, found._rows]
     found._monitor = "val_x"
     assert found.watched({"loss": 1.0, "val_x": 3.0}) == 3.0
     with pytest.raises(ParamError, match="monitor 'val_x' was not logged in this epoch, but loss: name one of them"):

@@ -14,7 +14,7 @@ from pyspark.ml.evaluation import RegressionEvaluator
 from pyspark.ml.tuning import CrossValidator
 from pyspark.sql import functions as F
 
-from spark_nn.tracking.mlflow import Run
+from spark_nn.tracking.mlflow import Run, _scalars
 from tests.toy import ToyEstimator
 
 pytestmark = pytest.mark.timeout(240)
@@ -149,3 +149,9 @@ def test_without_a_run_and_with_a_store_that_fails_the_fit_goes_on(spark, store,
     with pytest.warns(UserWarning, match="no MLflow run is active"):
         estimator(store, epochs=1).fit(df)
     assert "mlflow" not in sys.modules
+
+
+def test_an_epoch_that_has_none_of_several_values_is_left_out():
+    found = list(_scalars({"recall": [np.nan, [0.5, 1.0]], "auc": [np.nan, 0.25]}))
+    assert found[:2] == [("recall/0", 1, 0.5), ("recall/1", 1, 1.0)]
+    np.testing.assert_array_equal([value for _, _, value in found[2:]], [np.nan, 0.25])
