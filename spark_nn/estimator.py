@@ -246,8 +246,9 @@ class _Fit(Generic[M]):
             seconds={
                 "check": self.checking,
                 "materialize": materializing,
-                **outcome.seconds,
+                **{phase: each for phase, each in outcome.seconds.items() if phase != "finish"},
                 **trained.seconds,
+                **{phase: each for phase, each in outcome.seconds.items() if phase == "finish"},
                 "total": time.monotonic() - self.began,
             },
         )

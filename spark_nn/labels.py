@@ -125,8 +125,8 @@ def _check_extent(column: str, extent: Extent, wanted: Takes) -> None:
         right = wanted.least - _ROUNDING <= least and most <= wanted.most + _ROUNDING
         allowed = f"numbers from {wanted.least:g} to {wanted.most:g}" if wanted.most < math.inf else "no negative ones"
         cure = (
-            "recode the column, or choose another loss: (sparse) categorical cross-entropy for more than two classes, "
-            "mean squared error for quantities"
+            "recode the column, or choose another loss: a cross-entropy with one unit per class for more than two "
+            "classes, mean squared error for quantities"
         )
     if not right:
         found = f"values from {least:.7g} to {most:.7g}" + ("" if extent.whole else ", not all of them whole")

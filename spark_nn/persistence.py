@@ -240,7 +240,8 @@ def encode(param: str, value: Any) -> Any:
             return {_IMPORT: where}
         raise ParamError(
             f"{param} is the function {where}, which another process could not import: define it at the top "
-            "level of a module that is installed where the stage will be loaded"
+            "level of a module that is installed where the stage will be loaded. What was fitted, such as the "
+            "bestModel of a search, is saved without it"
         )
     raise ParamError(
         f"{param} holds a {type(value).__name__}, which cannot be saved without pickling it: pass a function "

@@ -80,7 +80,7 @@ def _axes(ax: Any, count: int) -> list[Any]:
 def _panels(history: Mapping[str, list[Any]], metrics: Sequence[str] | None = None) -> dict[str, dict[str, list[Any]]]:
     """What is drawn together: a metric of training, and the same of validation."""
     usable = {name: values for name, values in history.items() if values and all(map(_is_number, values))}
-    known = list(dict.fromkeys(_base(name, usable) for name in usable))
+    known = sorted(dict.fromkeys(_base(name, usable) for name in usable), key=lambda name: name != "loss")
     if metrics is not None:
         metrics = [metrics] if isinstance(metrics, str) else list(metrics)
         if unknown := [name for name in metrics if name not in known]:

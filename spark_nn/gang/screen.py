@@ -15,6 +15,8 @@ from spark_nn.gang.plain import plain
 # Letters of a bar, at least and at most, and of a line where nobody knows how many there is room for.
 _SHORT, _LONG = 8, 30
 _WIDTH = 100
+# Lines of a terminal that tells no size.
+_HEIGHT = 24
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Terminal:
             self._bars.pop(name).close()
         for name, view in views.items():
             if name not in self._bars:
-                self._bars[name] = _Bar(file=self._file, leave=False, dynamic_ncols=True, bar_format=" ")
+                self._bars[name] = _Bar(self._file)
             self._bars[name].draw(view)
 
     def leave(self, text: str) -> None:
@@ -132,8 +134,19 @@ class _Bar(tqdm):  # type: ignore[type-arg]
     # Else tqdm starts a thread that stays as long as the process.
     monitor_interval = 0
 
+    def __init__(self, file: TextIO) -> None:
+        super().__init__(file=file, leave=False, dynamic_ncols=True, bar_format=" ")
+        shape = self.dynamic_ncols
+
+        def sized(terminal: TextIO) -> tuple[int, int]:
+            # In a terminal without lines tqdm draws nothing.
+            columns, lines = shape(terminal) if shape else (None, None)
+            return max(columns or 0, 0) or _WIDTH, lines if lines and lines > 1 else _HEIGHT
+
+        self.dynamic_ncols: Any = sized
+
     def draw(self, view: View) -> None:
-        width = (self.format_dict["ncols"] or _WIDTH) - 1
+        width = self.format_dict["ncols"] - 1
         facts = view.fitted(width)
         if view.total:
             room = width - len("  ".join([view.head, view.count, *facts])) - 3

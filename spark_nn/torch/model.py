@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,8 @@ _CURE = (
     "give what returns the network, TorchModel.load(path, model=build), or, where load is called for you, as by "
     f"PipelineModel.load, name the function's module in the Spark conf {MODULES_CONF}, if you trust it"
 )
+
+_LOG = logging.getLogger(__name__)
 
 
 class TorchModel(TorchColumns, NeuralModel):
@@ -173,7 +176,14 @@ class TorchModel(TorchColumns, NeuralModel):
         return functools.partial(export.write, self.fitted.file.path, self._made(), self._specs(), format)
 
     def _savedMetadata(self) -> dict[str, Any]:
-        return {**super()._savedMetadata(), "network": self._made().toDict()}
+        network = self._made().toDict()
+        if str(network["function"]).startswith("__main__:"):
+            _LOG.warning(
+                "%s makes the saved network, and is not there in another process: load it by TorchModel.load(path, "
+                "model=...) with a function of the same network, or put the function into a module before the fit",
+                network["function"],
+            )
+        return {**super()._savedMetadata(), "network": network}
 
     def _loadSaved(self, metadata: dict[str, Any], files: dict[str, ModelFile]) -> None:
         if any(not name.endswith(codec.SUFFIX) for name in files):

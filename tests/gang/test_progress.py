@@ -119,9 +119,9 @@ def test_epochs_that_are_trained_again_are_told_again(run, capsys):
 class Screen:
     """A terminal of so many letters, which standard error is."""
 
-    def __init__(self, monkeypatch, width):
+    def __init__(self, monkeypatch, width, height):
         self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
         os.set_blocking(self.master, False)
         self.file = os.fdopen(slave, "w", encoding="utf-8")
         monkeypatch.setattr(sys, "stderr", self.file)
@@ -146,8 +146,8 @@ class Screen:
 def terminal(monkeypatch):
     with contextlib.ExitStack() as stack:
 
-        def make(width):
-            screen = Screen(monkeypatch, width)
+        def make(width, height=24):
+            screen = Screen(monkeypatch, width, height)
             stack.callback(screen.close)
             return screen
 
@@ -175,6 +175,14 @@ VALIDATED = {
     "seconds": [5.0],
     "pause": 2.0,
 }
+
+
+@pytest.mark.parametrize(("width", "height"), [(0, 0), (120, 0), (0, 40)])
+def test_a_terminal_that_tells_no_size_shows_bars_all_the_same(run, terminal, width, height):
+    screen = terminal(width, height)
+    with Board({run.url: ""}, verbose=1) as board, board.attempt({run.url: run}, {}):
+        run.writeJson(PROGRESS, state(**GONE_ON))
+        assert until(screen, "60/100").endswith("| 60/100  loss 0.4000")
 
 
 def test_a_fit_is_a_bar_from_its_first_moment_to_the_line_that_it_leaves(run, terminal):

@@ -49,9 +49,14 @@ def looks_at_its_weights(**arguments):
     return net
 
 
-def test_what_makes_the_network_is_let_in_by_name_only(spark, fitted, tmp_path):
+def test_what_makes_the_network_is_let_in_by_name_only(spark, fitted, tmp_path, monkeypatch, caplog):
     path = str(tmp_path / "model")
     fitted.save(path)
+    assert not caplog.records
+    with monkeypatch.context() as patch:
+        patch.setattr(models.lazy, "__module__", "__main__")
+        fitted.save(str(tmp_path / "of a script"))
+    assert "__main__:lazy makes the saved network, and is not there in another process: load it by" in caplog.text
     with pytest.raises(
         ModelFileError, match=r"names tests.torch.models:lazy, .* module not allowed; give what returns"
     ):
