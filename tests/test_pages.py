@@ -66,11 +66,14 @@ PAGES = [page for page in sorted(DOCS.glob("*.md")) if page.stem not in ELSEWHER
 
 
 @pytest.fixture
-def quiet(spark, tmp_path, monkeypatch):
+def quiet(sessions, tmp_path, monkeypatch, page):
+    spark = sessions.get("local[2]")
     monkeypatch.chdir(tmp_path)
     yield spark
     shelf().clear()
     spark.conf.unset("spark.nn.allowedModules")
+    if page.stem == "backends":  # Spark's Python workers keep the backend that they have scored with
+        sessions.stop()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

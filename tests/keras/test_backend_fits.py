@@ -19,6 +19,13 @@ COMPILED = {"optimizer": "sgd", "loss": "binary_crossentropy"}
 CUT = {"mesh": {"model": 2}, "layout": {".*kernel": [None, "model"]}}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def workers_of_its_own(sessions):
+    """Spark's Python workers keep the backend that they have scored with, which is not for other files."""
+    yield
+    sessions.stop()
+
+
 def begun():
     """A network with its first weights: by a seed, every backend would draw others."""
     import keras
