@@ -285,7 +285,7 @@ class TorchEstimator(TorchParams, NeuralEstimator[TorchModel]):
 
     def _lossOnly(self) -> dict[str, Any]:
         """The params that say how to train by a loss, as far as they are set."""
-        names = [*_LOSS_ONLY, *["sharding"][: self.getSharding() != "none"]]
+        names = _LOSS_ONLY if self.getSharding() == "none" else (*_LOSS_ONLY, "sharding")
         return {name: self.getOrDefault(name) for name in names if self.isSet(name)}
 
     def _validates(self) -> bool:

@@ -12,7 +12,7 @@ import torchmetrics
 from pyspark.sql import functions as F
 from torch.nn import functional
 
-from spark_nn import TorchEstimator, TorchModel
+from spark_nn import TorchModel
 from spark_nn.errors import ModelFileError, ParamError, TrainingError
 from tests.keras.test_fit import arrays, data
 from tests.torch import models
@@ -26,27 +26,15 @@ from spark_nn.torch.lightning import check
 from spark_nn.torch.metrics import Tally
 from spark_nn.torch.objective import Objective
 from spark_nn.torch.steps import Steps
-from tests.torch import lit
+from tests.torch import lit, test_fit
 
 pytestmark = pytest.mark.timeout(240)
 
 
 def estimator(store, model=lit.Net, **kwargs):
-    settings = {
-        "model": model,
-        "inputCols": ["a", "b", "c"],
-        "validationIndicatorCol": "held",
-        "outputKind": "regression",
-        "batchSize": 32,
-        "epochs": 2,
-        "seed": 11,
-        "verbose": 0,
-        "shuffle": False,
-        "storeUrl": store,
-        "numWorkers": 2,
-        **kwargs,
-    }
-    return TorchEstimator(**{name: value for name, value in settings.items() if value is not None})
+    """That of other networks, without a loss."""
+    settings = {"loss": None, "validationIndicatorCol": "held", "outputKind": "regression", "numWorkers": 2, **kwargs}
+    return test_fit.estimator(store, model=model, **settings)
 
 
 def rows(spark):
